@@ -1,0 +1,96 @@
+"""What do all tests share? One thread per test process, and the optional folder of real data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Bit-equality tests must not depend on how many cores the machine has."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's root folder, from which the scripts are run."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """A folder of real data beside the project; tests that want it skip in a clone that has none."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the folder of real data is not beside this clone")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A small prepared dataset, made by data_prep_tool.py as a user would: 120 short documents, 400 byte-level tokens."""
+    folder = tmp_path_factory.mktemp("tiny_data")
+    words = [
+        "the",
+        "of",
+        "and",
+        "model",
+        "token",
+        "loss",
+        "gradient",
+        "learns",
+        "reads",
+        "writes",
+        "a",
+        "small",
+        "large",
+        "1",
+        "2",
+        "3",
+        "(x)",
+        "=",
+        "y",
+        "+",
+        "z;",
+        "naïve",
+        "日本",
+    ]
+    random = Random(0)
+    documents = []
+    for _ in range(120):
+        lines = [" ".join(random.choices(words, k=random.randint(3, 12))) for _ in range(random.randint(1, 8))]
+        documents.append(json.dumps({"text": "\n".join(lines)}))
+    (folder / "text").mkdir()
+    (folder / "text" / "documents.jsonl").write_text("\n".join(documents), encoding="utf-8")
+    flags = [
+        "--vocab_size",
+        "400",
+        "--max_length",
+        "32",
+        "--stride",
+        "0",
+        "--val_fraction",
+        "0.2",
+        "--num_workers",
+        "1",
+    ]
+    command = [
+        sys.executable,
+        "data_prep_tool.py",
+        "--input_dir",
+        folder / "text",
+        "--output_dir",
+        folder / "data",
+        *flags,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return folder / "data"
