@@ -1,0 +1,239 @@
+"""What does a tokenizer folder give: text to ids, ids to text, and how many bytes each id stands for?
+
+The folder holds `tokenizer.json` (Hugging Face `tokenizers`, the one truth about ids) and `tokenizer_config.json`
+(how transformers, 4 and 5, wraps it). Here text never becomes a special token: "<|endoftext|>" spelled in a document
+is encoded as the characters that it is, otherwise any document could forge the end of a document.
+"""
+
+import hashlib
+import json
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as HFTokenizer
+
+from errors import UserError
+
+TOKENIZER_FILES: tuple[str, ...] = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+DEFAULT_EOS = "<|endoftext|>"
+_KIND_KEY = "groundup_tokenizer_type"  # in tokenizer_config.json; transformers keeps keys that it does not know
+
+
+def load_tokenizer(folder: str | Path, *, lazy: bool = False) -> "Tokenizer":
+    """The tokenizer of a data folder, a checkpoint folder, or any folder with a Hugging Face tokenizer.json.
+
+    `lazy` puts off building the `tokenizers` object, seconds for a vocabulary of 200,000, until a method needs it.
+    UserError when tokenizer.json is missing or broken, or when no end-of-text token can be found.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "tokenizer_config.json", required=False)
+    definition = _read_json(folder / "tokenizer.json", required=True)
+    tokenizer = Tokenizer(definition, config, path=folder / "tokenizer.json", sha256=tokenizer_sha256(folder))
+    if not lazy:
+        tokenizer.decode([])
+    return tokenizer
+
+
+def tokenizer_sha256(folder: str | Path) -> str:
+    """Hexadecimal sha256 of FOLDER/tokenizer.json. UserError when it cannot be read."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        raise UserError(f"{path} does not exist or cannot be read") from None
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    vocab_size:   number of ids, that is the largest id + 1 (tiktoken's encodings leave gaps)
+    eos_token, eos_token_id: the token that ends every document
+    sha256:       of tokenizer.json
+    kind:         "bpe", "wordpiece", "tiktoken", or the lower-case model type of a tokenizer from elsewhere
+    definition:   tokenizer.json, parsed (not to be changed)
+    """
+
+    def __init__(self, definition: dict[str, Any], config: dict[str, Any], *, path: Path, sha256: str) -> None:
+        self.definition = definition
+        self.sha256 = sha256
+        self._path = path
+        try:
+            self.kind: str = config.get(_KIND_KEY) or definition["model"]["type"].lower()
+            entries = definition["model"]["vocab"]
+            # a list of [token, score] in Unigram models
+            self._vocabulary = dict(entries) if isinstance(entries, dict) else {e[0]: i for i, e in enumerate(entries)}
+            self._vocabulary |= {token["content"]: token["id"] for token in definition["added_tokens"]}
+            marked = {token["content"] for token in definition["added_tokens"] if token["special"]}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._unreadable(error) from None
+        self.vocab_size: int = max(self._vocabulary.values()) + 1
+        self.eos_token: str = _find_eos(config, self._vocabulary, path)
+        self.eos_token_id: int = self._vocabulary[self.eos_token]
+        self._special_tokens = marked | _special(config) | {self.eos_token}
+        self._special_ids = {self._vocabulary[token] for token in self._special_tokens if token in self._vocabulary}
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(f"{self._path} is not a tokenizer that the tokenizers library reads ({error})")
+
+    @cached_property
+    def _hf(self) -> HFTokenizer:
+        try:
+            return HFTokenizer.from_str(json.dumps(self.definition))
+        except Exception as error:  # the library raises bare Exception
+            raise self._unreadable(error) from None
+
+    @cached_property
+    def _plain(self) -> HFTokenizer:
+        """The tokenizer that knows no special token; built when first needed, since workers mostly do not."""
+        plain = HFTokenizer.from_str(json.dumps(without_special_tokens(self.definition, self._special_tokens)))
+        plain.no_padding()
+        plain.no_truncation()
+        return plain
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether ids are pieces of bytes without normalisation, so that every text comes back exactly."""
+        return is_byte_level(self.definition)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`: no special token is added, and none is made out of text that spells one."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many texts."""
+        return [one.ids for one in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        """The text of `ids`; special tokens are left out unless `skip_special` is False."""
+        return self._hf.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) int32: the UTF-8 bytes that each id stands for; 0 for special tokens and unused ids.
+
+        Exact for byte-level tokenizers. A WordPiece id counts its piece without `##`, and not the space before a word,
+        so bits per byte of a WordPiece model are an upper bound.
+        """
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        byte_level = self.byte_level
+        # entries of the vocabulary that are spelled in UTF-8, not in the byte alphabet
+        literal = {token["id"] for token in self.definition["added_tokens"]}
+        prefix = self.definition["model"].get("continuing_subword_prefix") or ""
+        for token, index in self._vocabulary.items():
+            if index in self._special_ids:
+                continue
+            if byte_level and index not in literal:
+                lengths[index] = len(token)  # one character of the alphabet is one byte
+            elif index in literal or not prefix:
+                lengths[index] = len(token.encode())
+            else:
+                lengths[index] = len(token.removeprefix(prefix).encode())
+        return lengths
+
+
+def is_byte_level(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is a byte-level BPE that loses nothing (no normaliser, no added space)."""
+    return (
+        definition["model"]["type"] == "BPE"
+        and definition.get("normalizer") is None
+        and any(
+            step["type"] == "ByteLevel" and not step["add_prefix_space"] for step in pre_tokenizer_steps(definition)
+        )
+    )
+
+
+def pre_tokenizer_steps(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pre-tokenizer of a tokenizer.json as a flat list of its steps."""
+    step = definition.get("pre_tokenizer")
+    if step is None:
+        return []
+    return step["pretokenizers"] if step["type"] == "Sequence" else [step]
+
+
+def without_special_tokens(definition: dict[str, Any], also: set[str] = frozenset()) -> dict[str, Any]:
+    """A copy of a tokenizer.json in which no text can become a special token, nor one of the tokens in `also`."""
+    hidden = {token["content"] for token in definition["added_tokens"] if token["special"]} | also
+    model = dict(definition["model"])
+    if model["type"] == "BPE":
+        # with `ignore_merges` a whole piece is looked up in the vocabulary; the unknown token must stay for the model
+        keep = {model.get("unk_token")} | set(bytes_to_characters().values())
+        made = {"".join(pair) for pair in map(split_merge, model["merges"])}
+        model["vocab"] = {
+            token: index
+            for token, index in model["vocab"].items()
+            if token not in hidden or token in keep or token in made
+        }
+    added = [token for token in definition["added_tokens"] if token["content"] not in hidden]
+    return {**definition, "model": model, "added_tokens": added, "post_processor": None}
+
+
+def split_merge(merge: str | list[str]) -> list[str]:
+    """The two halves of a merge: newer tokenizer.json files hold a pair, older ones a string with a space."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+@cache
+def bytes_to_characters() -> dict[int, str]:
+    """The alphabet of byte-level BPE: a printable character for each byte (GPT-2, `bytes_to_unicode` of encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def tokenizer_config(eos_token: str, kind: str, model_max_length: int, tokens: dict[str, str]) -> dict[str, Any]:
+    """What tokenizer_config.json must hold so that transformers 4 and 5 give exactly the ids of tokenizer.json.
+
+    `tokens` adds roles such as {"unk_token": "[UNK]"}; the end-of-text token also begins and pads unless they say more.
+    """
+    return {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "bos_token": eos_token,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": eos_token,
+        "model_max_length": model_max_length,
+        "pad_token": eos_token,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        _KIND_KEY: kind,
+        **tokens,
+    }
+
+
+def _special(config: dict[str, Any]) -> set[str]:
+    """The tokens that a tokenizer_config.json gives a role, each a string or a dict with its content."""
+    tokens = (config.get(f"{role}_token") for role in ("bos", "eos", "pad"))
+    return {token["content"] if isinstance(token, dict) else token for token in tokens if token}
+
+
+def _find_eos(config: dict[str, Any], vocabulary: dict[str, int], path: Path) -> str:
+    named = config.get("eos_token")
+    named = named["content"] if isinstance(named, dict) else named
+    for token in (named,) if named else (DEFAULT_EOS, "</s>", "[SEP]"):
+        if token in vocabulary:
+            return token
+    if named:
+        raise UserError(f"{path} has no token {named!r}, which should end a document; name another end-of-text token")
+    raise UserError(
+        f"{path} has no end-of-text token; name one as eos_token in {path.parent / 'tokenizer_config.json'}"
+    )
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if required:
+            raise UserError(f"{path} does not exist; name a folder that holds a tokenizer.json") from None
+        return {}
+    except (OSError, ValueError):
+        raise UserError(f"{path} is not readable JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,185 @@
+"""Where does a new tokenizer come from: trained on documents (BPE, WordPiece), or converted from tiktoken?
+
+Each function returns the two files of a tokenizer folder as a dict of name to bytes. The same documents in any order,
+with any number of threads, give the same bytes.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from dataprep.encoding import GPT2_PATTERN, NASTY
+from dataprep.tokenizers import DEFAULT_EOS, Tokenizer, bytes_to_characters, tokenizer_config
+from errors import UserError
+
+# The split patterns that llama.cpp knows (llama-vocab.cpp: llama-bpe, gpt-2, qwen2, gpt-4o), under our flag's names.
+PATTERNS = {
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt2": GPT2_PATTERN,
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt4o": r"[^\r\n\p{L}\p{N}]?"
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+# tiktoken's patterns are rewritten for its regex engine; these split alike (the conversion is compared with tiktoken)
+TIKTOKEN_PATTERNS = {"gpt2": "gpt2", "cl100k_base": "llama3", "o200k_base": "gpt4o"}
+WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
+_ALPHABET_LIMIT = 1000  # characters that WordPiece may learn, the usual figure of BERT tokenizers
+
+
+def train_bpe(
+    documents: Iterable[str], *, vocab_size: int, pretokenizer: str, eos_token: str, max_length: int
+) -> dict[str, bytes]:
+    """A byte-level BPE. Id 0 ends documents, then come 256 bytes, then merges in the order learned.
+
+    A pair must occur twice to be merged, so a small corpus gives fewer ids than `vocab_size`.
+    """
+    tokenizer = HFTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _byte_level(pretokenizer)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[eos_token],
+        initial_alphabet=list(bytes_to_characters().values()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return _files(tokenizer, tokenizer_config(eos_token, "bpe", max_length, {}))
+
+
+def train_wordpiece(
+    documents: Callable[[], Iterable[str]], *, vocab_size: int, eos_token: str, max_length: int
+) -> dict[str, bytes]:
+    """A cased WordPiece with BERT's five special tokens and an end-of-text token. `documents` is iterated twice.
+
+    The trainer numbers characters in the order of a hash map (huggingface/tokenizers#1794), so that two runs differ.
+    Here characters are counted first and handed over, sorted, as if they were special; the model is rebuilt without
+    that mark afterwards.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in documents():
+        counts.update(normalizer.normalize_str(text))
+    frequent = sorted(((c, n) for c, n in counts.items() if not c.isspace()), key=lambda item: (-item[1], item[0]))
+    alphabet = sorted(character for character, _ in frequent[:_ALPHABET_LIMIT])
+    specials = [*WORDPIECE_SPECIALS, eos_token]
+    given = [*specials, *alphabet, *(f"##{character}" for character in alphabet)]
+    if len(given) > vocab_size:
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: the characters of this corpus alone need {len(given)} ids"
+        )
+    learner = HFTokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=given,
+        limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    learner.train_from_iterator(documents(), trainer)
+    vocabulary = json.loads(learner.to_str())["model"]["vocab"]
+
+    tokenizer = HFTokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([_special(token) for token in specials])
+    roles = {f"{token[1:-1].lower()}_token": token for token in WORDPIECE_SPECIALS}
+    return _files(tokenizer, tokenizer_config(eos_token, "wordpiece", max_length, roles))
+
+
+def convert_tiktoken(encoding_name: str, max_length: int, sample: Iterable[str]) -> dict[str, bytes]:
+    """tiktoken's encoding as a tokenizer.json with the same ids, compared with tiktoken on NASTY and on the sample.
+
+    UserError when the encoding's file is neither in TIKTOKEN_CACHE_DIR nor can be downloaded.
+    """
+    encoding = _load_tiktoken(encoding_name)
+    ranks: dict[bytes, int] = encoding._mergeable_ranks
+    characters = bytes_to_characters()
+
+    def spell(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    merges = [tuple(map(spell, _halves(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    specials = encoding._special_tokens
+    vocabulary = {spell(token): rank for token, rank in ranks.items()} | specials
+    # `ignore_merges` looks a whole piece up before merging, as tiktoken does
+    tokenizer = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = _byte_level(TIKTOKEN_PATTERNS[encoding_name])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([_special(token) for token in sorted(specials, key=specials.get)])
+    config = tokenizer_config(DEFAULT_EOS, "tiktoken", max_length, {})
+    files = _files(tokenizer, config)
+    ours = Tokenizer(json.loads(files["tokenizer.json"]), config, path=Path("tokenizer.json"), sha256="")
+    for text in (*NASTY, *sample):
+        if ours.encode(text) != encoding.encode_ordinary(text):
+            raise RuntimeError(f"the converted {encoding_name} gives other ids than tiktoken for {text[:60]!r}")
+    return files
+
+
+def _load_tiktoken(encoding_name: str):
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError("--tokenizer_type tiktoken needs the package tiktoken; pip install tiktoken") from None
+    # r50k_base is the same encoding in another file; either file will do
+    names = ("r50k_base", "gpt2") if encoding_name == "gpt2" else (encoding_name,)
+    for name in names:
+        try:
+            return tiktoken.get_encoding(name)
+        except Exception as error:  # whatever the network or the disk raises
+            reason = error
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    where = f"TIKTOKEN_CACHE_DIR={folder} does not hold it" if folder else "TIKTOKEN_CACHE_DIR is not set"
+    raise UserError(
+        f"the encoding {encoding_name} could not be downloaded ({type(reason).__name__}) and {where}; set "
+        "TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on a machine with internet"
+    )
+
+
+def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The merge that made `token`: what is left of its bytes after merging with every earlier rank."""
+    limit = ranks[token]
+    cuts = [
+        i for i in range(1, len(token)) if ranks.get(token[:i], limit) < limit and ranks.get(token[i:], limit) < limit
+    ]
+    if len(cuts) == 1:
+        return token[: cuts[0]], token[cuts[0] :]
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        candidates = [(ranks.get(left + right, limit), i) for i, (left, right) in enumerate(pairwise(parts))]
+        rank, i = min(candidates)
+        if rank >= limit:
+            raise RuntimeError(f"token {token!r} of the encoding is not the merge of two earlier tokens")
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _byte_level(pretokenizer: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(PATTERNS[pretokenizer]), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _special(token: str) -> AddedToken:
+    return AddedToken(token, special=True, normalized=False)
+
+
+def _files(tokenizer: HFTokenizer, config: dict) -> dict[str, bytes]:
+    definition = json.loads(tokenizer.to_str())
+    return {
+        "tokenizer.json": (json.dumps(definition, ensure_ascii=False, indent=1) + "\n").encode(),
+        "tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode(),
+    }

@@ -1,0 +1,213 @@
+"""Are the ids those that transformers, tokenizers and tiktoken give, exactly reversible, and impossible to forge?"""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as HFTokenizer
+
+from dataprep import encoding
+from dataprep.encoding import NASTY, Encoder, choose_engine, split_pieces
+from dataprep.tokenizers import load_tokenizer
+from dataprep.train_tokenizer import PATTERNS, convert_tiktoken, train_bpe, train_wordpiece
+from errors import UserError
+
+SCRIPTS = (
+    "abcdefXYZ 0123456789 .,!?'\"()[]{}/\\-_=+ \n\t\r éßñçøÅ αβγω абвг אבג مرح नमस् 日本語中文 한국 ก"
+    "👍🏽\u0301\u200d\u00a0\u2003\u2028"
+)
+
+
+def fuzz_texts(count, seed=0):
+    rng = random.Random(seed)
+    words = ["the", " the", "ing", "def f(x):\n    return x", "<|endoftext|>", "1234", " \n\n", "don't", "CamelCase"]
+    return [
+        "".join(rng.choice((rng.choice(SCRIPTS), rng.choice(words))) for _ in range(rng.randint(1, 60)))
+        for _ in range(count)
+    ]
+
+
+TRAINING = [*fuzz_texts(400, seed=1), *NASTY]
+
+
+def write(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def bpe_files(pretokenizer="llama3", documents=TRAINING, vocab_size=600):
+    return train_bpe(
+        documents, vocab_size=vocab_size, pretokenizer=pretokenizer, eos_token="<|endoftext|>", max_length=128
+    )
+
+
+def wordpiece_files(documents=TRAINING):
+    return train_wordpiece(lambda: iter(documents), vocab_size=900, eos_token="<|endoftext|>", max_length=128)
+
+
+@pytest.fixture(scope="module", params=sorted(PATTERNS))
+def bpe_folder(request, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("bpe") / request.param, bpe_files(request.param))
+
+
+def test_every_text_comes_back_and_nothing_is_forged(bpe_folder):
+    tokenizer = load_tokenizer(bpe_folder)
+    lengths = tokenizer.token_byte_lengths()
+    assert lengths.shape == (tokenizer.vocab_size,) and lengths.dtype == np.int32
+    assert lengths[tokenizer.eos_token_id] == 0
+    for text in (*NASTY, *fuzz_texts(300)):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eos_token_id not in ids
+        assert lengths[ids].sum() == len(text.encode())
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_token_id]) == "a"
+    assert tokenizer.decode([tokenizer.eos_token_id], skip_special=False) == "<|endoftext|>"
+
+
+def test_tiktoken_built_from_the_ranks_gives_the_ids_of_tokenizers(bpe_folder):
+    tokenizer = load_tokenizer(bpe_folder)
+    assert choose_engine(tokenizer, []).name == "tiktoken"
+    texts = fuzz_texts(1000, seed=2)
+    fast = Encoder(tokenizer, "tiktoken").encode_batch(texts)
+    slow = Encoder(tokenizer, "tokenizers").encode_batch(texts)
+    reference = HFTokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    for text, a, b in zip(texts, fast, slow, strict=True):
+        assert a.tolist() == b.tolist()
+        if "<|endoftext|>" not in text:
+            assert a.tolist() == reference.encode(text, add_special_tokens=False).ids
+
+
+def test_pieces_of_a_document_give_the_ids_of_the_whole(bpe_folder):
+    tokenizer = load_tokenizer(bpe_folder)
+    encoder = Encoder(tokenizer, "tokenizers")
+    rng = random.Random(3)
+    safe = "word words, (x) = y;\n/ * \n\n  日本 é's 12345\t\r\n.\n//x\nq"
+    for limit in (30, 57, 200):
+        text = "".join(rng.choice(safe) for _ in range(3000)).replace("  ", " a ")
+        whole = encoder.encode_batch([text])[0].tolist()
+        chunks = [text[i : i + 13] for i in range(0, len(text), 13)]
+        pieces = list(split_pieces([text], limit))
+        assert pieces == list(split_pieces(chunks, limit)) and max(map(len, pieces)) <= limit
+        longest_without_cut = max(map(len, split_pieces([text], 1000)))
+        assert len(pieces) > len(text) // limit and longest_without_cut <= 1000
+        assert np.concatenate(encoder.encode_batch(pieces)).tolist() == whole
+
+
+@pytest.mark.parametrize("pretokenizer", sorted(PATTERNS))
+def test_without_spaces_documents_are_cut_after_newlines_where_every_pattern_ends(tmp_path, pretokenizer):
+    rng = random.Random(4)
+    parts = ["ab\ncd", "efg\nh", ")\n/x", "/*\n//", "日\n本", "1.\n2", "\r\n", ";\n\nz", "\n\n\n", "x\t\n"]
+    text = "".join(rng.choice(parts) for _ in range(2000))
+    # trained on itself, the tokenizer has ids for all that a pattern keeps together
+    files = bpe_files(pretokenizer, documents=[text, "\n\n " * 9, "\t\n\n\t " * 9])
+    encoder = Encoder(load_tokenizer(write(tmp_path / "t", files)), "tokenizers")
+    whole = encoder.encode_batch([text])[0].tolist()
+    for limit in (100, 131, 151):
+        pieces = list(split_pieces([text], limit))
+        assert all(piece.endswith("\n") for piece in pieces[:-1])
+        assert np.concatenate(encoder.encode_batch(pieces)).tolist() == whole
+
+
+def test_a_run_without_a_safe_place_is_cut_at_the_limit_and_still_comes_back(bpe_folder):
+    tokenizer = load_tokenizer(bpe_folder)
+    for text in ("x" * 250, "日" * 250, " " * 250, "\n" * 250):
+        pieces = list(split_pieces([text], 100))
+        assert [len(piece) for piece in pieces] == [100, 100, 50]
+        ids = np.concatenate(Encoder(tokenizer, "tiktoken").encode_batch(pieces))
+        assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_long_runs_that_stop_tiktokens_regex_are_encoded_by_tokenizers(tmp_path):
+    tokenizer = load_tokenizer(write(tmp_path / "t", bpe_files()))
+    text = " " * 1_000_000 + "x"
+    [ids] = Encoder(tokenizer, "tiktoken").encode_batch([text])
+    assert ids.tolist() == tokenizer.encode(text)
+
+
+def test_the_engine_is_refused_when_one_id_differs(tmp_path):
+    files = bpe_files()
+    definition = json.loads(files["tokenizer.json"])
+    merges = definition["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]  # ids no longer follow the merges
+    files["tokenizer.json"] = json.dumps(definition).encode()
+    swapped = load_tokenizer(write(tmp_path / "swapped", files))
+    assert choose_engine(swapped, TRAINING).name == "tokenizers"
+    definition = json.loads(bpe_files()["tokenizer.json"])
+    # {1,2}+ is a repeated group to one regex engine and possessive, so never more than two letters, to the other
+    definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}{1,2}+|\P{L}"
+    files["tokenizer.json"] = json.dumps(definition).encode()
+    other = load_tokenizer(write(tmp_path / "other", files))
+    assert choose_engine(other, TRAINING).name == "tokenizers"
+
+
+def test_training_does_not_depend_on_the_order_of_documents():
+    shuffled = random.Random(5).sample(TRAINING, len(TRAINING))
+    assert bpe_files(documents=shuffled) == bpe_files()
+    reference = wordpiece_files()
+    assert all(wordpiece_files(documents) == reference for documents in (TRAINING, shuffled))
+
+
+def test_wordpiece_has_its_special_tokens_and_cannot_be_forged(tmp_path):
+    tokenizer = load_tokenizer(write(tmp_path / "wp", wordpiece_files()))
+    assert tokenizer.kind == "wordpiece" and choose_engine(tokenizer, []).name == "tokenizers"
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>"]
+    definition = json.loads((tmp_path / "wp" / "tokenizer.json").read_bytes())
+    assert [token["content"] for token in definition["added_tokens"]] == specials
+    ids = tokenizer.encode("[CLS] the <|endoftext|> [SEP] [PAD] [MASK]")
+    unknown = definition["model"]["vocab"]["[UNK]"]
+    assert not {definition["model"]["vocab"][special] for special in specials} & set(ids) - {unknown}
+    assert tokenizer.decode(tokenizer.encode("the def return")) == "the def return"
+
+
+def test_a_vocabulary_too_small_for_the_characters_is_an_error():
+    with pytest.raises(UserError, match="--vocab_size 20"):
+        train_wordpiece(lambda: iter(TRAINING), vocab_size=20, eos_token="<|endoftext|>", max_length=128)
+
+
+@pytest.mark.parametrize("files", [bpe_files, wordpiece_files])
+def test_transformers_gives_the_same_ids_and_text(tmp_path, files):
+    transformers = pytest.importorskip("transformers")
+    folder = write(tmp_path / "t", files())
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert (theirs.eos_token_id, theirs.model_max_length) == (ours.eos_token_id, 128)
+    for text in (*NASTY, *fuzz_texts(100)):
+        if any(special in text for special in theirs.all_special_tokens):
+            continue  # there transformers makes special tokens of text, which is what ours never does
+        ids = theirs(text)["input_ids"]
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == ours.decode(ids, skip_special=False)
+        if files is bpe_files:
+            assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
+def test_tiktokens_encodings_keep_their_ids(shared_data, tmp_path, monkeypatch, name):
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data.parent / "tiktoken_cache"))
+    folder = write(tmp_path / name, convert_tiktoken(name, 1024, fuzz_texts(50)))
+    ours = load_tokenizer(folder)
+    theirs = tiktoken.get_encoding({"gpt2": "r50k_base"}.get(name, name))
+    assert ours.vocab_size == theirs.n_vocab and ours.eos_token_id == theirs.eot_token and ours.kind == "tiktoken"
+    for text in (*NASTY, *fuzz_texts(300, seed=7)):
+        assert ours.encode(text) == theirs.encode_ordinary(text)
+        assert ours.decode(ours.encode(text)) == text
+    assert choose_engine(ours, fuzz_texts(20)).name == "tiktoken"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "does not exist"), (b"{", "not readable"), (b"{}", "not a tokenizer"), (b"[]", "not a JSON object")],
+)
+def test_a_broken_tokenizer_is_one_sentence(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        load_tokenizer(tmp_path)
+
+
+def test_the_split_patterns_are_read_back_from_a_tokenizer(bpe_folder):
+    definition = load_tokenizer(bpe_folder).definition
+    assert encoding.split_pattern(definition) == PATTERNS[bpe_folder.name]
