@@ -1,0 +1,119 @@
+"""By which angle does a token's place turn its queries and keys?
+
+RoFormer (Su et al. 2021), and the ways of stretching it to a longer context that Hugging Face's config.json can name:
+"linear" (Chen et al. 2023), "llama3" (Llama 3.1) and "yarn" (Peng et al. 2023).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+_REQUIRED = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+}
+_OPTIONAL = {"yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}}
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (B, T, 1, D) fp32, for positions (B, T). Shared by all layers of a forward.
+
+    Computed from the positions each time: there is no table to grow, to cast with the model or to initialise. Angles
+    stay fp32 under any autocast or model dtype: in bf16 positions beyond 256 would collide.
+    """
+    inv_freq, factor = rotary_frequencies(head_dim, theta, scaling, positions.device)
+    angles = positions[..., None, None].float() * inv_freq  # (B, T, 1, D/2)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (B, T, heads, D) by its positions' angles; channel i pairs with i + D/2 (Hugging Face's layout)."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)  # the products are fp32, as the tables are
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: dict | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, float]:
+    """(D/2,) fp32 radians per position of each pair of channels, and the factor on cos and sin (1 except for YaRN).
+
+    In transformers' order of operations, so that both agree to the last bits. `scaling` is one `checked_scaling` gave.
+    """
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    match scaling and scaling["rope_type"]:
+        case "linear":
+            return inv_freq / scaling["factor"], 1.0
+        case "llama3":
+            return _llama3(inv_freq, scaling), 1.0
+        case "yarn":
+            return _yarn(inv_freq, scaling, head_dim, theta), _yarn_attention_factor(scaling)
+    return inv_freq, 1.0
+
+
+def checked_scaling(scaling: dict, max_position_embeddings: int) -> dict:
+    """A complete copy of a rope_scaling; UserError for a type or key that `rotary_frequencies` would not honour."""
+    kind = scaling.get("rope_type")
+    if kind not in _REQUIRED:
+        raise UserError(f'rope_scaling: rope_type "{kind}" is not known; choose from {", ".join(_REQUIRED)}')
+    scaling = dict(scaling)
+    if kind != "linear":  # transformers' own default
+        scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
+    keys = scaling.keys() - {"rope_type"}
+    missing = _REQUIRED[kind] - keys
+    unknown = keys - _REQUIRED[kind] - _OPTIONAL.get(kind, set())
+    if missing or unknown:
+        problem = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not a key of it"
+        raise UserError(f'rope_scaling: for rope_type "{kind}" {problem}')
+    if not isinstance(scaling["factor"], (int, float)) or scaling["factor"] < 1:
+        raise UserError(f"rope_scaling: factor is {scaling['factor']!r}; it must be a number of at least 1")
+    return scaling
+
+
+def _llama3(inv_freq: Tensor, scaling: dict) -> Tensor:
+    """Long wavelengths are divided by `factor`, short ones kept, those between blended."""
+    context, low, high = (
+        scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    wavelength = 2 * math.pi / inv_freq
+    divided = inv_freq / scaling["factor"]
+    smooth = (context / wavelength - low) / (high - low)
+    blended = (1 - smooth) * divided + smooth * inv_freq
+    scaled = torch.where(wavelength > context / low, divided, blended)
+    return torch.where(wavelength < context / high, inv_freq, scaled)
+
+
+def _yarn(inv_freq: Tensor, scaling: dict, dim: int, theta: float) -> Tensor:
+    """Channels that turn often within the original context are kept, slow ones interpolated, a linear ramp between."""
+
+    def channel_turning(rotations: float) -> float:
+        context = scaling["original_max_position_embeddings"]
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = channel_turning(scaling.get("beta_fast") or 32)
+    high = channel_turning(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    channel = torch.arange(dim // 2, device=inv_freq.device, dtype=torch.float32)
+    ramp = ((channel - low) / (high - low)).clamp(0, 1)
+    return inv_freq / scaling["factor"] * ramp + inv_freq * (1 - ramp)
+
+
+def _yarn_attention_factor(scaling: dict) -> float:
+    """YaRN's temperature, applied to cos and sin (so its square multiplies the scores)."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)

@@ -1,0 +1,526 @@
+"""What is trained? One decoder-only transformer, whole, in the order in which a token meets it.
+
+    config → norm, attention, MLP, block → Transformer → key-value cache → loading → counting
+
+It is Llama (Touvron et al. 2023; Grattafiori et al. 2024): RoPE, RMSNorm before each sub-layer, SwiGLU, grouped
+queries, no biases. With `qk_norm` it is Qwen3. Fields, module names and the RoPE layout are Hugging Face's, so a
+checkpoint is a Hugging Face folder with nothing to convert.
+
+Letters in shape comments: B rows, T tokens of a row, S keys, H hidden size, A query heads, K key-value heads,
+D head size, F MLP size, V vocabulary, L layers.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from errors import UserError
+from kernels.attention import AttentionMask, attention, causal_mask, document_mask, document_positions
+from kernels.rotary import checked_scaling, rotary_tables, rotate
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# what each family's reader assumes where config.json is silent (transformers 4 and 5)
+_FAMILY_DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+# fields of config.json that change what is computed, and the only value of each that this model computes
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1,
+    "quantization_config": None,
+}
+
+
+@dataclass
+class ModelConfig:
+    """The shape of the model; names and meanings are those of Hugging Face's config.json.
+
+    num_key_value_heads defaults to num_attention_heads, head_dim to hidden_size / num_attention_heads.
+    rope_scaling: None, or {"rope_type": "linear" | "llama3" | "yarn", "factor": …, …} with transformers' keys.
+    qk_norm: an RMSNorm on each query and key head before RoPE, as in Qwen3. Raises UserError on an impossible shape.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = False
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for name in (*_REQUIRED, "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        # transformers' LlamaConfig insists on this even where head_dim is given; its Qwen3Config does not
+        if self.hidden_size % self.num_attention_heads and (self.head_dim is None or not self.qk_norm):
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                "change one of them"
+            )
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}; change one of them"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
+        if self.rope_scaling is not None:
+            self.rope_scaling = checked_scaling(self.rope_scaling, self.max_position_embeddings)
+
+    def to_hf(self, dtype: torch.dtype = torch.float32) -> dict:
+        """The contents of config.json. `dtype` is that of the saved weights.
+
+        Every field is explicit and the renamed ones are there under both names, because readers differ in what they
+        assume: without a top-level rope_theta transformers 4 silently takes 10000, without rope_parameters version 5
+        would have to guess, and mlx-lm ties the embeddings of a config that does not say.
+        """
+        dtype_name = str(dtype).removeprefix("torch.")
+        config = {
+            "architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
+            "model_type": "qwen3" if self.qk_norm else "llama",
+            **asdict(self),
+            "rope_parameters": {**(self.rope_scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": _INIT_STD,
+            "use_cache": True,
+            "dtype": dtype_name,
+            "torch_dtype": dtype_name,
+        }
+        del config["qk_norm"]  # model_type says it
+        if self.qk_norm:
+            del config["mlp_bias"]  # Qwen3 has no such field
+            config |= {"use_sliding_window": False, "sliding_window": None}
+        return config
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "ModelConfig":
+        """Read a Llama or Qwen3 config.json, as transformers 4 or 5 writes it.
+
+        Raises UserError, naming the field, for anything this model would compute differently (biases, another
+        activation, dropout, a sliding window, another RoPE, quantized weights) and for contradictions.
+        """
+        family = config.get("model_type")
+        if family not in _FAMILY_DEFAULTS:
+            raise UserError(f'config.json: model_type is "{family}"; only "llama" and "qwen3" can be loaded')
+        for name in _REQUIRED:
+            if not isinstance(config.get(name), int):
+                raise UserError(f"config.json: {name} is missing or not a whole number")
+        for name, value in _FIXED.items():
+            if config.get(name, value) != value and config[name] is not None:
+                raise UserError(f"config.json: {name} is {config[name]!r}; only {value!r} can be loaded")
+        if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+            raise UserError("config.json: layer_types has layers other than full_attention, which cannot be loaded")
+        theta, scaling = _rope_from_hf(config)
+        given = {**_FAMILY_DEFAULTS[family], **{name: config[name] for name in config if name in cls.__annotations__}}
+        given |= {"rope_theta": theta, "rope_scaling": scaling, "qk_norm": family == "qwen3"}
+        given.setdefault("rms_norm_eps", 1e-6)
+        return cls(**given)
+
+
+def _rope_from_hf(config: dict) -> tuple[float, dict | None]:
+    """(theta, rope_scaling) from version 4's rope_theta and rope_scaling or version 5's rope_parameters."""
+    parameters = config.get("rope_parameters") or {}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UserError("config.json: rope_parameters differ from layer to layer, which cannot be loaded")
+    thetas = {source["rope_theta"] for source in (config, parameters) if source.get("rope_theta") is not None}
+    if len(thetas) > 1:
+        raise UserError("config.json: rope_theta and rope_parameters.rope_theta contradict each other; correct one")
+    scaling = dict(config.get("rope_scaling") or parameters)  # the order of precedence of transformers 5
+    scaling.pop("rope_theta", None)
+    kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
+    scaling.pop("type", None)  # the name before transformers 4.43
+    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config.json: partial_rotary_factor is not 1, which cannot be loaded")
+    theta = float(thetas.pop()) if thetas else 10000.0
+    return theta, None if kind == "default" else {"rope_type": kind, **scaling}
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 inside (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # half-precision activations with fp32 weights (autocast)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Shared(NamedTuple):
+    """What every block of one forward uses: rotary tables, who may see whom, and the cache to append to."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: AttentionMask | None
+    cache: "KVCache | None"
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        batch, length, _ = x.shape
+        x = x.to(_compute_dtype(x))  # under autocast each projection would cast it again
+        q = self.q_proj(x).view(batch, length, -1, self.head_dim)  # (B, T, A, D)
+        k = self.k_proj(x).view(batch, length, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(batch, length, -1, self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
+        if shared.cache is not None:
+            k, v = shared.cache.append(self.layer, k, v)  # (B, S, K, D)
+        out = attention(q, k, v, mask=shared.mask)  # (B, T, A, D)
+        return self.o_proj(out.reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(_compute_dtype(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) → (B, T, F) → (B, T, H)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), shared)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------- transformer
+
+_INIT_STD = 0.02
+_CUT = 3.0  # standard deviations
+
+
+class Transformer(nn.Module):
+    """The model. `forward` ends at the final norm; the head is applied by the loss, chunk by chunk, or by `logits`.
+
+    The constructor leaves torch's default weights: call `init_weights`, or `load_pretrained`. To build a large one:
+    `with torch.device("meta"): model = Transformer(config)`, then `model.to_empty(device=…)`, then `init_weights`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(V, H): what turns a hidden state into logits; the embedding itself when tied."""
+        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Hidden states (B, T, H) after the final norm, for input_ids (B, T) int64.
+
+        positions (B, T) or (1, T): each token's place in its document; by default counted from the last boundary of
+        cu_seqlens, or from the cache's length.
+        cu_seqlens (num_docs + 1,) int32: documents packed into the flattened B*T tokens, each row's start included;
+        attention does not cross them. max_seqlen bounds their lengths (default T).
+        cache: holds the tokens before these ones; it takes in these ones. Not together with cu_seqlens.
+        """
+        batch, length = input_ids.shape
+        x = self.model["embed_tokens"](input_ids)  # (B, T, H)
+        mask = None
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("packed documents (cu_seqlens) cannot go into a cache; pass one of the two")
+            mask = document_mask(cu_seqlens, batch, length, dtype=_compute_dtype(x), max_seqlen=max_seqlen)
+            if positions is None:
+                positions = document_positions(cu_seqlens, batch, length)
+        past = 0 if cache is None else cache.length
+        if past:
+            mask = causal_mask(length, past + length, x.device)
+        if positions is None:
+            positions = torch.arange(past, past + length, device=x.device)[None]  # (1, T)
+        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        shared = Shared(cos, sin, mask, cache)
+        for block in self.model["layers"]:
+            x = block(x, shared)
+        if cache is not None:
+            cache.length += length
+        return self.model["norm"](x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, V) fp32 logits of hidden states (…, H). For sampling and tests; training uses linear_cross_entropy."""
+        return F.linear(hidden, self.head_weight).float()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, zero_residual: bool, num_real_tokens: int | None = None) -> None:
+        """Draw every parameter anew; the result depends on (seed, parameter's name, shape) and on nothing else.
+
+        All matrices: normal, std 0.02, cut at 3 std (OLMo 2). Norms: one. Except:
+        zero_residual (the Muon recipe; modded-nanogpt, nanochat): o_proj and down_proj are zero, so each block starts
+        as the identity, and an untied head has std 0.001. Otherwise (AdamW): o_proj and down_proj have std
+        0.02/√(2L) (GPT-2), and an untied head std 1/√H (torchtitan, OLMo).
+        num_real_tokens: ids from there on pad the vocabulary; their rows in the embedding and the head are zero.
+        """
+        residual_std = 0.0 if zero_residual else _INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
+        head_std = 0.001 if zero_residual else self.config.hidden_size**-0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            std = _INIT_STD
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std = residual_std
+            elif name == "lm_head.weight":
+                std = head_std
+            weight = _draw(seed, name, parameter.shape, std)
+            if name in ("model.embed_tokens.weight", "lm_head.weight") and num_real_tokens is not None:
+                weight[num_real_tokens:] = 0.0
+            parameter.copy_(weight)
+
+
+def _draw(seed: int, name: str, shape: torch.Size, std: float) -> Tensor:
+    """A cut normal sample on the CPU from a generator of this tensor's own, so neither order nor device matters."""
+    if std == 0.0:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    weight = torch.empty(shape, device="cpu", dtype=torch.float32)
+    return nn.init.trunc_normal_(weight, std=std, a=-_CUT * std, b=_CUT * std, generator=generator)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that linear layers will give their output."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# ------------------------------------------------------------------------------------------------------ key-value cache
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for generation. All rows of the batch have the same length.
+
+        cache = KVCache(model.config, batch_size=1, max_length=512, device=device, dtype=dtype)
+        hidden = model(prompt_ids, cache=cache)                    # (B, T, H); a long prompt may come in several pieces
+        while cache.length < cache.max_length:
+            next_ids = model.logits(hidden[:, -1]).argmax(-1)      # (B,)
+            hidden = model(next_ids[:, None], cache=cache)         # (B, 1, H)
+
+    Run it under `torch.inference_mode()`. `dtype` is that of the model's weights, or autocast's. Setting `length` to a
+    smaller number forgets the tokens after it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        shape = (config.num_hidden_layers, batch_size, max_length, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_length = max_length
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, T, K, D) of new tokens; return all so far (B, S, K, D). `forward` moves `length`."""
+        end = self.length + k.shape[1]
+        if end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens; {end} are needed")
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_pretrained(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """A Hugging Face folder (config.json and model.safetensors, or its shards with an index) as a Transformer.
+
+    Raises UserError naming the file and the tensor when something is missing, left over, of the wrong shape or broken.
+    """
+    folder = Path(folder)
+    config = ModelConfig.from_hf(_read_json(folder / "config.json"))
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to(dtype).to_empty(device=device)  # cast first: never more than one copy in memory
+    parameters = dict(model.named_parameters())
+    files = _weight_files(folder)
+    found = {name for held in files.values() for name in held}
+    # tied, an lm_head is the embedding under a second name; transformers before 4.32 saved the rotary frequencies
+    found -= {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    found -= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := parameters.keys() - found:
+        raise UserError(f"{folder}: {len(missing)} weights of the model are missing, {min(missing)} first")
+    if unexpected := found - parameters.keys():
+        raise UserError(f"{folder}: {len(unexpected)} weights do not belong to the model, {min(unexpected)} first")
+    for path, held in files.items():
+        with _open_safetensors(path) as tensors, torch.no_grad():
+            for name in found.intersection(held):
+                weight, parameter = tensors.get_tensor(name), parameters[name]
+                if weight.shape != parameter.shape:
+                    shapes = f"{tuple(weight.shape)}, but config.json asks for {tuple(parameter.shape)}"
+                    raise UserError(f"{path}: {name} has the shape {shapes}")
+                parameter.copy_(weight)
+    return model
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Each weight file of the folder and the tensors to take from it."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        with _open_safetensors(single) as tensors:
+            return {single: list(tensors.keys())}
+    if not index.is_file():
+        raise UserError(f"{folder}: there is no model.safetensors and no model.safetensors.index.json")
+    files: dict[Path, list[str]] = {}
+    for name, file in _read_json(index).get("weight_map", {}).items():
+        files.setdefault(folder / file, []).append(name)
+    for path, held in files.items():
+        with _open_safetensors(path) as tensors:
+            absent = set(held) - set(tensors.keys())
+        if absent:
+            raise UserError(f"{path}: {min(absent)} is missing, though {index.name} places it there")
+    return files
+
+
+def _open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise UserError(f"{path}: the file is missing") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: the file is not a whole safetensors file ({error})") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: the file is missing") from None
+    except ValueError as error:
+        raise UserError(f"{path}: the file is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: the file does not hold a JSON object")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+class ParameterCount(NamedTuple):
+    """embedding: the input table (it is the head too when tied). non_embedding: the rest, with an untied head."""
+
+    total: int
+    embedding: int
+    non_embedding: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters of the model of this shape, in closed form: nothing is allocated."""
+    embedding = config.vocab_size * config.hidden_size
+    norms = config.num_hidden_layers * 2 * config.hidden_size + config.hidden_size
+    if config.qk_norm:
+        norms += config.num_hidden_layers * 2 * config.head_dim
+    head = 0 if config.tie_word_embeddings else embedding
+    non_embedding = _layer_matrices(config) + norms + head
+    return ParameterCount(embedding + non_embedding, embedding, non_embedding)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations to train on one token, forward and backward: 6 N + 12 L A D T.
+
+    N: the weights in matrix products, that is all matrices of the layers and the head (tied or not), not the embedding
+    look-up. Two per weight forward, four backward. 12 L A D T: scores and weighted values over T keys. It is the
+    convention of PaLM (Chowdhery et al. 2022, appendix B), nanoGPT and torchtitan: causality, which lets kernels skip
+    half of the second term, and document masks are not deducted; recomputed activations are not added.
+    """
+    matrices = _layer_matrices(config) + config.vocab_size * config.hidden_size
+    attention_width = config.num_attention_heads * config.head_dim
+    return 6.0 * matrices + 12.0 * config.num_hidden_layers * attention_width * seq_len
+
+
+def _layer_matrices(config: ModelConfig) -> int:
+    query = config.num_attention_heads * config.head_dim
+    key_value = config.num_key_value_heads * config.head_dim
+    per_layer = config.hidden_size * (2 * query + 2 * key_value + 3 * config.intermediate_size)
+    return config.num_hidden_layers * per_layer
