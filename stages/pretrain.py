@@ -1,0 +1,85 @@
+"""What is learned in pretraining? The next token of packed documents.
+
+A stage is what changes from pretraining to reinforcement learning, and nothing else; train.py's loop calls its three
+methods. `loss` returns a sum, never a mean: the loop divides once, by the weight of all micro-batches and ranks.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernels.linear_cross_entropy import linear_cross_entropy
+from training.batches import IGNORE_INDEX, MicroBatch, TrainingData, Windows, evaluation_micro_batches
+from training.parallel import Ranks, unwrap
+from training.precision import Precision
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Next-token prediction on the windows of `data`; `validation` is read in order at each evaluation.
+
+    token_bytes: (vocabulary,) int32, the UTF-8 bytes each token stands for (0 for special tokens).
+    """
+
+    data: TrainingData
+    validation: Windows
+    token_bytes: np.ndarray
+    ranks: Ranks
+    precision: Precision
+    batch_size: int
+    micro_batch_size: int
+    eval_tokens: int
+    z_loss: float
+
+    def batches(self, first_sample: int) -> Iterator[list[MicroBatch]]:
+        """For each optimizer step from sample `first_sample` on, without end: this rank's micro-batches."""
+        while True:
+            yield self.data.micro_batches(
+                first_sample, self.batch_size, self.micro_batch_size, self.ranks.rank, self.ranks.world_size
+            )
+            first_sample += self.batch_size
+
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+        """(summed loss in nats to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight."""
+        hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
+        sums = linear_cross_entropy(
+            hidden.flatten(0, 1),  # (B·T, H)
+            unwrap(model).head_weight,
+            batch.targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            z_loss=self.z_loss,
+        )
+        return sums.total, {"loss": (sums.cross_entropy, batch.weight)}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+        """Validation loss (nats per token) and bits per byte over all ranks, on the first `eval_tokens` of the split.
+
+        Bits per byte counts the loss of every target, end-of-text tokens too, over the bytes of the same targets. With
+        `everything`, and a split larger than eval_tokens, the figures of the whole split are added under `_all`.
+        """
+        figures = self._evaluate(model, self.eval_tokens)
+        if everything and 0 < self.eval_tokens < self.validation.split.num_tokens - 1:
+            figures |= {f"{name}_all": value for name, value in self._evaluate(model, 0).items()}
+        return figures
+
+    def _evaluate(self, model: nn.Module, max_tokens: int) -> dict[str, float]:
+        inner, device = unwrap(model), self.ranks.device
+        loss = torch.zeros((), dtype=torch.float64, device="cpu")
+        weight = num_bytes = 0
+        ranks = self.ranks
+        for batch in evaluation_micro_batches(
+            self.validation, self.micro_batch_size, max_tokens, ranks.rank, ranks.world_size
+        ):
+            targets = batch.targets.numpy()
+            weight += batch.weight
+            num_bytes += int(self.token_bytes[targets[targets != IGNORE_INDEX]].sum())
+            with self.precision.autocast(device):
+                _, metrics = self.loss(inner, batch.to(device))
+            loss += metrics["loss"][0].double().cpu()
+        loss_sum, weight, num_bytes = ranks.sum([loss.item(), weight, num_bytes])
+        return {"val_loss": loss_sum / max(1, weight), "val_bpb": loss_sum / math.log(2) / max(1, num_bytes)}

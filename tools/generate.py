@@ -1,0 +1,145 @@
+"""How does a trained model continue a text? Prints the prompt and then, as they come, the pieces that the model writes.
+
+    python utils.py generate --checkpoint checkpoints --prompt "Once upon a time"
+    python utils.py generate --checkpoint checkpoints --prompt "def " "class " --num_samples 3 --temperature 0.6
+
+Several samples are numbered; sample i uses the seed --seed + i. The text goes to stdout, everything else to stderr.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from arguments import ArgumentParser
+from dataprep.tokenizers import Tokenizer, load_tokenizer
+from errors import UserError
+from model import Transformer, load_pretrained
+from training.checkpoints import list_checkpoints, resolve
+from training.generation import stream_text
+from training.parallel import choose_device
+from training.precision import choose_precision
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="a checkpoint, a run's folder (its newest whole checkpoint), or any Hugging Face Llama or Qwen3 folder",
+    )
+    add(
+        "--prompt",
+        metavar="TEXT",
+        nargs="+",
+        action="extend",
+        required=True,
+        help="the text to continue; several are done in turn, also when the flag is repeated",
+    )
+    add("--max_new_tokens", type=int, default=200, help="at most this many tokens are added")
+    add("--temperature", type=float, default=0.8, help="below 1 likely tokens become likelier; 0 takes the likeliest")
+    add("--top_k", type=int, default=50, help="draw from this many of the likeliest tokens only; 0 from all")
+    add("--top_p", type=float, default=0.95, help="draw from the fewest likely tokens that hold this probability")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--num_samples", type=int, default=1, help="continuations of each prompt")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes a GPU if there is one")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print num_samples continuations of each prompt."""
+    check_settings(args)
+    folder = find_model(args.checkpoint)
+    device = choose_device(args.device)
+    tokenizer = load_tokenizer(folder)
+    model = load_pretrained(folder, device, choose_precision("auto", device).dtype)
+    check_model(folder, model, tokenizer)
+
+    jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_samples)]
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows what it can
+    for number, (prompt, seed) in enumerate(jobs, start=1):
+        if len(jobs) > 1:
+            print(f"--- {number} of {len(jobs)}, seed {seed} ---")
+        reason = print_continuation(model, tokenizer, prompt, seed, args)
+        if reason == "context":
+            limit = model.config.max_position_embeddings
+            print(f"stopped: the model's context of {limit} tokens (max_position_embeddings) is full", file=sys.stderr)
+    return 0
+
+
+def print_continuation(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, seed: int, args: argparse.Namespace
+) -> str:
+    """Print a prompt and what the model makes of it, piece by piece; return why it ended, in `stream_text`'s words."""
+    pieces = stream_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=seed,
+    )
+    print(prompt, end="", flush=True)
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            print(flush=True)
+            return end.value
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Raises UserError, naming the flag, for a value that means nothing."""
+    limits = {
+        "max_new_tokens": (args.max_new_tokens >= 1, "at least 1"),
+        "temperature": (0 <= args.temperature < math.inf, "0 (take the likeliest token) or more"),
+        "top_k": (args.top_k >= 0, "at least 1, or 0 to draw from all tokens"),
+        "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
+        "num_samples": (args.num_samples >= 1, "at least 1"),
+        "seed": (0 <= args.seed < 2**63 - args.num_samples, "from 0 to 2^63"),
+    }
+    for flag, (good, wanted) in limits.items():
+        if not good:
+            raise UserError(f"--{flag} is {getattr(args, flag)}; it must be {wanted}")
+    for prompt in args.prompt:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how bytes that are not UTF-8 arrive
+            raise UserError(f"--prompt {prompt!r} is not UTF-8 text; give it in that encoding")
+
+
+def find_model(where: str) -> Path:
+    """The folder to load from: a checkpoint, the newest whole one of a run, or a folder from elsewhere as it is.
+
+    Reports checkpoints that were passed over. Raises UserError when there is nothing to load.
+    """
+    path = Path(where)
+    if not path.exists():
+        raise UserError(f"--checkpoint {where} does not exist; name a checkpoint, a run or a Hugging Face folder")
+    ours = (path / "manifest.json").exists() or (path / "trainer_state.json").exists() or list_checkpoints(path)
+    if not ours and (path / "config.json").exists():
+        return path
+    if not ours and path.is_dir():
+        raise UserError(
+            f"--checkpoint {where} holds neither config.json nor a checkpoint_step_N; name a folder that does"
+        )
+    found = resolve(path, path)
+    for skipped, reason in found.skipped:
+        print(f"passed over {skipped}: {reason}", file=sys.stderr)
+    if found.path != path:
+        print(f"checkpoint: {found.path}", file=sys.stderr)
+    return found.path
+
+
+def check_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Raises UserError when the tokenizer is not this model's, or when the weights are not numbers."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} ids, but the model's vocab_size is "
+            f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
+        )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{folder}: {name} holds NaN or infinity, so the run diverged; name an earlier checkpoint")

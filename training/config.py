@@ -1,0 +1,314 @@
+"""Which options does a training run have, and where does each value come from?
+
+Every option is one field of `TrainConfig`, with its default, its help and its group; the flags of train.py, the keys of
+a `--config` file and the options saved with a run are all made from these fields.
+
+A value comes from, in rising precedence: the default, the checkpoint that is resumed, the preset, the config file, the
+command line. `origins` records which, and run.json keeps it.
+"""
+
+import argparse
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from arguments import ArgumentParser, did_you_mean
+from errors import UserError
+from training.optimizers import OPTIMIZERS
+from training.schedule import SCHEDULES
+
+# hidden size, layers, heads: 64 wide heads up to "medium", 128 from "large" on, as is usual at those sizes
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 4},
+    "small": {"hidden_size": 768, "num_layers": 12, "num_heads": 12},
+    "medium": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16},
+    "large": {"hidden_size": 1536, "num_layers": 24, "num_heads": 12},
+    "xl": {"hidden_size": 2048, "num_layers": 32, "num_heads": 16},
+}
+_NOT_RESUMED = ("checkpoint", "save_dir", "device")  # where a run goes on is said anew
+PRECISIONS = ("auto", "bf16", "fp16", "none")
+
+
+def option(group: str, help: str, default: Any = dataclasses.MISSING, choices: tuple | None = None) -> Any:
+    """A dataclass field that is also a command-line flag of `group`."""
+    metadata = {"group": group, "help": help, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Every option of a run. None means: worked out from the other options, the data or the machine (see the help)."""
+
+    # fmt: off
+    data_dir: list[str] = option("data", "folder(s) written by data_prep_tool.py; several are mixed by --data_weights", [])
+    data_weights: list[float] = option("data", "share of the samples drawn from each --data_dir (default: by their number of tokens)", [])
+    max_length: int | None = option("data", "tokens in a row (default: what the data was prepared with)", None)
+    stride: int | None = option("data", "overlap of neighbouring rows in tokens (default: what the data was prepared with; 0 when --max_length is given)", None)
+    document_mask: bool = option("data", "documents packed into one row do not see each other", True)
+
+    preset: str | None = option("model", "sets --hidden_size, --num_layers and --num_heads: " + ", ".join(f"{name} {size['hidden_size']}x{size['num_layers']}" for name, size in PRESETS.items()), None, tuple(PRESETS))
+    vocab_size: int | None = option("model", "must be the tokenizer's, which it defaults to; the weights are padded to a multiple of 128", None)
+    hidden_size: int = option("model", "width of the residual stream", 768)
+    num_layers: int = option("model", "transformer blocks", 12)
+    num_heads: int = option("model", "attention heads; must divide --hidden_size", 12)
+    num_kv_heads: int | None = option("model", "key/value heads, shared by groups of heads; must divide --num_heads (default: --num_heads)", None)
+    intermediate_size: int | None = option("model", "width of the SwiGLU MLP (default: 8/3 of --hidden_size, rounded up to a multiple of 64)", None)
+    rope_theta: float = option("model", "base of the rotary embedding; 500000 is usual for rows of 4096 tokens and more", 10000.0)
+    qk_norm: bool = option("model", "RMSNorm on each query and key head; the checkpoint is then a Qwen3 instead of a Llama", False)
+    tie_word_embeddings: bool = option("model", "one matrix for embedding and head; saves memory below some 350M parameters", False)
+
+    batch_size: int = option("optimization", "sequences a step, over all ranks and micro-batches", 32)
+    micro_batch_size: int | None = option("optimization", "sequences a forward pass on one rank; the rest is accumulated (default: a rank's whole share of the batch)", None)
+    max_steps: int = option("optimization", "optimizer steps of the run", 100_000)
+    learning_rate: float = option("optimization", "peak learning rate; one value serves AdamW and Muon", 3e-4)
+    warmup_steps: int | None = option("optimization", "steps of linear warm-up (default: 2000, or a tenth of --max_steps where that is less)", None)
+    schedule: str = option("optimization", "after the warm-up: cosine, linear, or wsd (constant, then linear over the last --decay_fraction)", "wsd", SCHEDULES)
+    decay_fraction: float = option("optimization", "share of the run over which wsd decays", 0.5)
+    min_lr_fraction: float = option("optimization", "the last step's learning rate as a fraction of the peak", 0.0)
+    optimizer: str = option("optimization", "muon (matrices of the blocks; AdamW for the rest) or adamw", "muon", OPTIMIZERS)
+    weight_decay: float = option("optimization", "decoupled decay on matrices; norms and embeddings have none", 0.1)
+    beta1: float = option("optimization", "AdamW: decay of the first moment", 0.9)
+    beta2: float = option("optimization", "AdamW: decay of the second moment", 0.95)
+    grad_clip: float = option("optimization", "largest global gradient norm; 0 does not clip", 1.0)
+    z_loss: float = option("optimization", "weight of the squared log-normaliser (1e-5 is usual); kept out of the reported loss", 0.0)
+
+    device: str = option("hardware", "auto, cpu, cuda or mps", "auto", ("auto", "cpu", "cuda", "mps"))
+    mixed_precision: str = option("hardware", "bf16, fp16 (with a loss scaler), none, or auto: bf16 on a GPU that has it, fp16 on one that has not, none on a CPU", "auto", PRECISIONS)
+    compile_model: bool = option("hardware", "torch.compile the model in place", False)
+    peak_tflops: float | None = option("hardware", "peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None)
+
+    save_dir: str = option("run", "where checkpoints, metrics.jsonl and the plot go", "./checkpoints")
+    checkpoint: str | None = option("run", "resume from this checkpoint folder, or from the newest whole one: latest", None)
+    save_interval: int | None = option("run", "steps between checkpoints (default: --eval_interval)", None)
+    keep_checkpoints: int = option("run", "newest checkpoints to keep (the best one is kept too); 0 keeps all", 3)
+    log_interval: int = option("run", "steps between log lines", 100)
+    eval_interval: int = option("run", "steps between evaluations on the validation split; 0 evaluates at the end only", 500)
+    eval_tokens: int = option("run", "validation tokens read at each evaluation; 0 reads all. The last evaluation always reads all", 1_000_000)
+    sample_prompt: str = option("run", "text to continue at each evaluation; an empty text draws no sample", "The ")
+    sample_tokens: int = option("run", "tokens of that sample", 100)
+    seed: int = option("run", "of the initial weights and of the data order", 0)
+    # fmt: on
+
+    def validate(self, data_needed: bool = True) -> None:
+        """Raise UserError for values that cannot work together, before anything is read or built."""
+        positive = "max_length hidden_size num_layers num_heads num_kv_heads intermediate_size batch_size \
+            micro_batch_size max_steps learning_rate log_interval rope_theta peak_tflops save_interval"
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name} must be positive, not {value}")
+        for name in ("warmup_steps", "stride", "weight_decay", "grad_clip", "z_loss", "eval_interval", "eval_tokens"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"--{name} must not be negative, and is {value}")
+        for name in ("decay_fraction", "min_lr_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} must lie between 0 and 1, and is {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must lie in [0, 1), and is {getattr(self, name)}")
+        if data_needed and not self.data_dir:
+            raise UserError("--data_dir is missing: name a folder written by data_prep_tool.py")
+        if self.data_weights and len(self.data_weights) != len(self.data_dir):
+            raise UserError(
+                f"--data_weights has {len(self.data_weights)} values for {len(self.data_dir)} folders in --data_dir; "
+                "give one for each, or none"
+            )
+        if any(not weight > 0 for weight in self.data_weights):
+            raise UserError(f"--data_weights must all be positive, and are {self.data_weights}")
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"--num_heads {self.num_heads} does not divide --hidden_size {self.hidden_size}; "
+                f"{_divisors_near(self.hidden_size, self.num_heads)} would"
+            )
+        if (self.hidden_size // self.num_heads) % 2:
+            raise UserError(
+                f"--hidden_size {self.hidden_size} / --num_heads {self.num_heads} gives heads of odd width "
+                f"{self.hidden_size // self.num_heads}, which rotary embedding cannot pair; choose another --num_heads"
+            )
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"--num_kv_heads {self.kv_heads} does not divide --num_heads {self.num_heads}; "
+                f"{_divisors_near(self.num_heads, self.kv_heads)} would"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Llama's 8/3 of the width, so that three matrices cost what two of 4x did; a multiple of 64 for the GEMMs."""
+        return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        return min(2000, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def resolved_save_interval(self) -> int:
+        return self.save_interval or self.eval_interval or self.max_steps
+
+
+def _divisors_near(number: int, wish: int) -> str:
+    below = max(d for d in range(1, wish + 1) if number % d == 0)
+    above = min(d for d in range(wish, number + 1) if number % d == 0)
+    return f"{below} or {above}" if below != above else str(below)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Give a parser every option as a flag. A flag that is not given is absent from the result, so its origin is known."""
+    groups: dict[str, Any] = {}
+    for spec in fields(TrainConfig):
+        if spec.metadata["group"] not in groups:
+            groups[spec.metadata["group"]] = parser.add_argument_group(spec.metadata["group"])
+        group = groups[spec.metadata["group"]]
+        settings: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "help": _help(spec)}
+        value_type, is_list = _value_type(spec)
+        if value_type is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {
+                "type": value_type,
+                "choices": spec.metadata["choices"],
+                "metavar": value_type.__name__.upper(),
+            }
+            if spec.metadata["choices"]:
+                settings["metavar"] = "|".join(spec.metadata["choices"])
+            if is_list:
+                settings["nargs"] = "+"
+        group.add_argument(f"--{spec.name}", **settings)
+    groups["run"].add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="YAML, TOML or JSON file that sets any of these options; the command line wins",
+    )  # fmt: skip
+
+
+def resolve_config(
+    given: dict[str, Any], saved: dict[str, Any] | None = None, validate: bool = True
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Merge the flags of the command line with the config file, the preset, a resumed run's options and the defaults.
+
+    given: what the command line named (vars() of the parser's result); may hold `config`, a file.
+    saved: the options of the run that is resumed, or None. validate=False is for a first look, before that is known.
+    Returns the validated options and, for each, where its value came from. Raises UserError.
+    """
+    given = dict(given)
+    config_file = given.pop("config", None)
+    from_file = read_config_file(config_file) if config_file else {}
+    layers = [
+        ("checkpoint", {name: value for name, value in (saved or {}).items() if name not in _NOT_RESUMED}),
+        ("preset", PRESETS.get(from_file.get("preset"), {})),
+        ("config file", from_file),
+        ("preset", PRESETS.get(given.get("preset"), {})),  # named on the command line, it beats the file's sizes
+        ("command line", given),
+    ]
+    known = {spec.name for spec in fields(TrainConfig)}
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(known, "default")
+    for origin, layer in layers:
+        for name, value in layer.items():
+            if name in known:  # a resumed run may have been written by a version with other options
+                values[name], origins[name] = value, origin
+    config = TrainConfig(**values)
+    if validate:
+        config.validate()
+    return config, origins
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The options that a .yaml, .yml, .toml or .json file sets, each coerced to its option's type. Raises UserError."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read ({error}); name a YAML, TOML or JSON file") from error
+    try:
+        if file.suffix == ".toml":
+            content = tomllib.loads(text)
+        elif file.suffix == ".json":
+            content = json.loads(text)
+        elif file.suffix in (".yaml", ".yml"):
+            import yaml  # the only reader here that is not in the standard library
+
+            content = yaml.safe_load(text)
+        else:
+            raise UserError(f"--config {path}: the name must end in .yaml, .yml, .toml or .json")
+    except ImportError as error:
+        raise UserError(f"--config {path} needs PyYAML (pip install pyyaml), or write it as .toml or .json") from error
+    except (ValueError, tomllib.TOMLDecodeError) as error:  # JSON's and YAML's decoding errors are ValueErrors
+        raise UserError(f"--config {path} is not valid {file.suffix[1:].upper()}: {_one_line(error)}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise UserError(f"--config {path} is not valid YAML: {_one_line(error)}") from error
+        raise
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold option: value pairs")
+    specs = {spec.name: spec for spec in fields(TrainConfig)}
+    options = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in specs:
+            raise UserError(f"--config {path} sets {key!r}, which is not an option{did_you_mean(name, specs)}")
+        options[name] = _coerce(specs[name], value, path)
+    return options
+
+
+def _coerce(spec: dataclasses.Field, value: Any, path: str) -> Any:
+    """A value of a config file as the option's type; YAML 1.1 reads 3e-4 as a string, which is why this exists."""
+    value_type, is_list = _value_type(spec)
+    if value is None and spec.default is None:
+        return None
+    if is_list:
+        items = value if isinstance(value, list) else [value]
+        return [_coerce_one(spec.name, value_type, item, path) for item in items]
+    result = _coerce_one(spec.name, value_type, value, path)
+    choices = spec.metadata["choices"]
+    if choices and result not in choices:
+        raise UserError(
+            f"--config {path}: {spec.name} is {result!r}, not one of {', '.join(choices)}{did_you_mean(str(result), choices)}"
+        )
+    return result
+
+
+def _coerce_one(name: str, value_type: type, value: Any, path: str) -> Any:
+    wrong = UserError(f"--config {path}: {name} must be of type {value_type.__name__}, and is {value!r}")
+    if value_type is bool or isinstance(value, bool):
+        if value_type is bool and isinstance(value, bool):
+            return value
+        raise wrong
+    try:
+        result = value_type(value)
+    except (TypeError, ValueError) as error:
+        raise wrong from error
+    if value_type is int and float(value) != result:  # 1.5 layers
+        raise wrong
+    return result
+
+
+def _value_type(spec: dataclasses.Field) -> tuple[type, bool]:
+    """(the type of one value, whether the option takes several)."""
+    annotation = spec.type
+    if isinstance(annotation, types.UnionType):
+        annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _help(spec: dataclasses.Field) -> str:
+    text = spec.metadata["help"].replace("%", "%%")
+    if spec.default in (None, dataclasses.MISSING, "") or "(default" in text:
+        return text
+    return f"{text} (default: {spec.default})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

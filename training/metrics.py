@@ -1,0 +1,200 @@
+"""What does a run leave for others to read, and what does it print?
+
+In the run's folder: run.json (what was started), metrics.jsonl (one JSON object a line), status.json (what it is doing
+now); run_files.py reads them. On the terminal: one line at each log interval, and, on a terminal, a live line below it.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from training.run_files import METRICS_FILE, RUN_FILE, STATUS_FILE, duration
+
+_STATUS_SECONDS = 5.0
+_LIVE_SECONDS = 0.5
+
+# Dense peak TFLOP/s in 16-bit with fp32 accumulation, from the makers' data sheets; the first name that occurs wins.
+_PEAK_TFLOPS_16BIT = (
+    ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H20", 148), ("GH200", 989), ("B200", 2250),
+    ("B100", 1750), ("A100", 312), ("A800", 312), ("A10G", 70), ("A10", 125), ("A30", 165), ("A40", 150), ("L40S", 362),
+    ("L40", 181), ("L4", 121), ("V100", 125), ("T4", 65), ("RTX 4090", 165), ("RTX 3090", 71), ("RTX A6000", 155),
+)  # fmt: skip
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak TFLOP/s of one device for matrix products in `dtype`, or None where groundup does not know it."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((float(peak) for known, peak in _PEAK_TFLOPS_16BIT if known in name), None)
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """The figures of one log line. Rates are over the steps since the last line; `mfu` is a fraction or None."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tok_s: float
+    tok_s_gpu: float
+    mfu: float | None
+    dt: float
+    data_wait: float
+    tokens: int
+    epoch: float
+    scaler: float | None
+    mem_gb: float
+    mem_reserved_gb: float | None
+
+
+class RunLog:
+    """Writes a run's files and its progress lines. On ranks other than the first every method does nothing."""
+
+    def __init__(self, save_dir: str | Path, *, is_main: bool, max_steps: int, start_step: int = 0) -> None:
+        self._dir = Path(save_dir)
+        self._is_main = is_main
+        self._max_steps = max_steps
+        self._step = start_step
+        self._eta: float | None = None
+        self._status_written = 0.0
+        self._state = ""
+        self._progress = ProgressLine(sys.stdout, enabled=is_main)
+        if is_main:
+            self._end_cut_line()
+
+    def start(self, run: dict[str, Any]) -> None:
+        """Write run.json."""
+        if self._is_main:
+            write_json(self._dir / RUN_FILE, run)
+
+    def train(self, row: TrainRow) -> None:
+        """One log line: to metrics.jsonl and to the terminal."""
+        self._eta = row.dt * (self._max_steps - row.step)
+        self._append(row.__dict__)
+        mfu = "mfu n/a" if row.mfu is None else f"mfu {row.mfu:.1%}"
+        skipped = "" if math.isfinite(row.loss) else "  not finite: step skipped"
+        self.say(
+            f"step {row.step:,}/{self._max_steps:,}  loss {row.loss:.4f}  lr {row.lr:.2e}  grad_norm {row.grad_norm:.3f}  "
+            f"{row.tok_s:,.0f} tok/s  {mfu}  mem {row.mem_gb:.1f} GB  eta {duration(self._eta)}{skipped}"
+        )
+
+    def evaluation(self, step: int, seconds: float, figures: dict[str, float]) -> None:
+        self._append({"step": step, **figures, "eval_s": seconds})
+        words = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.say(f"step {step:,}  {words}  ({seconds:.1f} s)")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._append({"step": step, "prompt": prompt, "sample": text})
+        self.say(f"step {step:,} sample: {prompt}{text}".replace("\n", "\n    "))
+
+    def event(self, step: int, event: str, message: str) -> None:
+        """start, resume, save, alert, nan, finish or stop, with a sentence."""
+        self._append({"step": step, "event": event, "message": message})
+        self.say(message)
+
+    def status(self, state: str, step: int, error: str | None = None) -> None:
+        """Say what the run does now: at once when the state changes, otherwise at most every 5 seconds."""
+        self._step = step
+        if not self._is_main:
+            return
+        now = time.monotonic()
+        if state == self._state and now - self._status_written < _STATUS_SECONDS:
+            return
+        self._state, self._status_written = state, now
+        content = {"state": state, "step": step, "max_steps": self._max_steps, "time": time.time(), "eta_s": self._eta}
+        write_json(self._dir / STATUS_FILE, {**content, "error": error})
+
+    def live(self, step: int) -> None:
+        """Move the live line on (terminals only)."""
+        self._progress.update(step, self._max_steps, self._eta)
+
+    def say(self, text: str) -> None:
+        if self._is_main:
+            self._progress.print(text)
+
+    def close(self) -> None:
+        self._progress.clear()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """One whole line in one write, so that a reader sees no half of it and a crash loses at most this line."""
+        if not self._is_main:
+            return
+        row = {"step": row["step"], "time": time.time(), **row}
+        line = json.dumps({name: _finite_or_null(value) for name, value in row.items()}) + "\n"
+        try:
+            with open(self._dir / METRICS_FILE, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:  # a full disk must not end a run that could still be saved
+            self._progress.print(f"warning: {self._dir / METRICS_FILE} could not be written: {error}")
+
+    def _end_cut_line(self) -> None:
+        """A killed run may have left half a line; end it, so that the next one starts at the left margin."""
+        path = self._dir / METRICS_FILE
+        if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("\n")
+
+
+@dataclass
+class ProgressLine:
+    """The line that moves on a terminal: a bar, the step, the time left. Anything else is printed above it."""
+
+    stream: TextIO
+    enabled: bool
+    _shown: bool = field(default=False, init=False)
+    _time: float = field(default=0.0, init=False)
+
+    def update(self, step: int, max_steps: int, eta: float | None) -> None:
+        if not (self.enabled and self.stream.isatty()) or time.monotonic() - self._time < _LIVE_SECONDS:
+            return
+        self._time, self._shown = time.monotonic(), True
+        width = 30
+        done = width * step // max(1, max_steps)
+        left = "" if eta is None else f"  {duration(eta)} left"
+        self.stream.write(f"\r\x1b[K[{'#' * done}{'.' * (width - done)}] {step:,}/{max_steps:,}{left}")
+        self.stream.flush()
+
+    def print(self, text: str) -> None:
+        self.clear()
+        if self.enabled:
+            print(text, file=self.stream, flush=True)
+
+    def clear(self) -> None:
+        if self._shown:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+            self._shown = False
+
+
+def memory_gb(device: torch.device) -> tuple[float, float | None]:
+    """(peak GB in use, GB reserved or None): of the device on CUDA, of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file in one step; a reader sees the old one or the new one. A full disk is reported, not raised."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        print(f"warning: {path} could not be written: {error}", file=sys.stderr)
+
+
+def _finite_or_null(value: Any) -> Any:
+    """NaN and infinity are not JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

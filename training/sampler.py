@@ -1,0 +1,106 @@
+"""Which window of which source is sample number t of a run?
+
+A pure function of (seed, t): no index, no shuffled copy, O(1) memory, O(1) resume. How t becomes a window:
+
+  1. samples come in blocks of 4096; block b and place j in it are t // 4096 and t % 4096
+  2. each source owns a fixed number of places in every block, so that after any number of blocks its count differs from
+     its weight's share by less than one sample (cumulative weights in 32-bit fixed point: exact integers at any t)
+  3. which places they are is a permutation of the block, keyed by (seed, b)
+  4. the source's samples are numbered i = 0, 1, 2, …; its epoch is i // windows and its place in the epoch i % windows
+  5. the window is a permutation of the source's windows at that place, keyed by (seed, source, epoch)
+
+Ranks, micro-batches and accumulation do not enter: a run's position is one integer, the samples consumed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK_SIZE = 4096
+_FIXED_POINT_BITS = 32
+_MASK64 = 2**64 - 1
+_FEISTEL_ROUNDS = 4  # two fail chi-squared tests of neighbouring outputs, three are marginal
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele et al., 2014): a bijection of uint64 that mixes every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_key(*parts: int) -> int:
+    """One 64-bit key from several integers; the order of the parts matters."""
+    state = 0x243F6A8885A308D3  # the fraction of pi, so that no argument gives a special value
+    for part in parts:
+        state = (state ^ (part & _MASK64)) * 0x9E3779B97F4A7C15 & _MASK64
+        state = (state ^ (state >> 29)) * 0xBF58476D1CE4E5B9 & _MASK64
+        state ^= state >> 32
+    return state
+
+
+def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where a keyed permutation of range(size) sends `indices` (any shape, integers in [0, size)); int64.
+
+    A Feistel network on just enough bits to hold size - 1, walked again while the value falls outside (cycle walking;
+    Black & Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection for every size.
+    """
+    bits = max(2, (size - 1).bit_length())
+    left_bits, right_bits = bits // 2, bits - bits // 2
+    round_keys = [np.uint64(hash_key(key, round_number)) for round_number in range(_FEISTEL_ROUNDS)]
+
+    def encrypt(x: np.ndarray) -> np.ndarray:
+        a, b = left_bits, right_bits
+        left, right = x >> np.uint64(b), x & np.uint64((1 << b) - 1)
+        for round_key in round_keys:
+            left, right = right, left ^ (splitmix64(right + round_key) >> np.uint64(64 - a))
+            a, b = b, a
+        return (left << np.uint64(b)) | right
+
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        values = encrypt(np.asarray(indices).astype(np.uint64))
+        while (outside := values >= np.uint64(size)).any():
+            values[outside] = encrypt(values[outside])
+    return values.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where a range of samples lies; three int64 arrays of shape (count,)."""
+
+    source: np.ndarray
+    epoch: np.ndarray
+    window: np.ndarray
+
+
+def locate(first: int, count: int, *, num_windows: list[int], weights: list[float], seed: int) -> Samples:
+    """Samples first … first+count-1 of a run over sources with `num_windows` windows each, mixed by `weights`."""
+    cumulative = np.cumsum(np.asarray(weights, dtype=np.float64)) / float(np.sum(weights))
+    bounds = [0, *(round(x * 2**_FIXED_POINT_BITS) for x in cumulative[:-1]), 2**_FIXED_POINT_BITS]
+
+    def samples_before(t: int) -> list[int]:
+        """How many of the first t samples each source has: exact, since Python's integers do not overflow."""
+        edges = [(bound * t) >> _FIXED_POINT_BITS for bound in bounds]
+        return [edges[k + 1] - edges[k] for k in range(len(num_windows))]
+
+    sources, numbers = [], []
+    for block in range(first // BLOCK_SIZE, (first + count - 1) // BLOCK_SIZE + 1):
+        before, after = samples_before(block * BLOCK_SIZE), samples_before((block + 1) * BLOCK_SIZE)
+        owner = np.repeat(np.arange(len(num_windows)), np.subtract(after, before))
+        owner = owner[permute(np.arange(BLOCK_SIZE), BLOCK_SIZE, hash_key(seed, 0, block))]
+        number = np.empty(BLOCK_SIZE, dtype=np.int64)
+        for k in range(len(num_windows)):  # a source's own samples keep their order, so its epochs do not mix
+            number[owner == k] = np.arange(before[k], after[k])
+        start = max(first, block * BLOCK_SIZE) - block * BLOCK_SIZE
+        stop = min(first + count, (block + 1) * BLOCK_SIZE) - block * BLOCK_SIZE
+        sources.append(owner[start:stop])
+        numbers.append(number[start:stop])
+    source, number = np.concatenate(sources), np.concatenate(numbers)
+
+    windows_of = np.asarray(num_windows, dtype=np.int64)[source]
+    epoch, place = number // windows_of, number % windows_of
+    window = np.empty(count, dtype=np.int64)
+    for k, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
+        chosen = (source == k) & (epoch == e)
+        window[chosen] = permute(place[chosen], num_windows[k], hash_key(seed, 1, k, e))
+    return Samples(source, epoch, window)
