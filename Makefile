@@ -1,0 +1,41 @@
+# The two commands of a fresh clone: `make demo` and `make test`. README shows the same as plain commands.
+
+PYTHON ?= python3
+VENV ?= .venv
+# make demo CORPUS=folder trains on your own text
+CORPUS ?=
+# Linux without an NVIDIA driver takes the CPU build of torch; make TORCH_REQUIREMENTS= leaves the choice to pip
+ifeq ($(shell uname -s)-$(wildcard /proc/driver/nvidia/version),Linux-)
+TORCH_REQUIREMENTS ?= requirements-cpu.txt
+endif
+
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint setup clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python utils.py demo $(if $(CORPUS),--corpus "$(CORPUS)")
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+setup: $(VENV)/.installed
+	$(VENV)/bin/python utils.py setup
+
+$(VENV)/.installed: requirements.txt $(TORCH_REQUIREMENTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_REQUIREMENTS),$(PIP) --retries 1 --no-deps -r $(TORCH_REQUIREMENTS))
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf demo .pytest_cache .ruff_cache
