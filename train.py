@@ -11,16 +11,12 @@ The story, top to bottom: read the options, open the data, build the model, prin
 """
 
 import dataclasses
-import importlib.metadata
-import itertools
 import math
 import os
-import platform
-import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -36,8 +32,9 @@ from stages.pretrain import Pretrain
 from training import checkpoints
 from training.batches import MicroBatch, Windows, open_training_data
 from training.config import TrainConfig, add_options, resolve_config
+from training.description import describe_run, device_name, git_commit, versions
 from training.generation import stream_text
-from training.metrics import RunLog, TrainRow, memory_gb, peak_tflops
+from training.metrics import Clock, RunLog, TrainRow, memory_gb, peak_tflops
 from training.optimizers import build_optimizers
 from training.parallel import (
     Ranks,
@@ -65,12 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     add_options(parser)
     given = vars(parser.parse_args(argv))
     first_look, _ = resolve_config(given, validate=False)
+    if first_look.checkpoint is None:  # else the checkpoint may still give what is missing
+        first_look.validate()
     ranks = start_ranks(first_look.device)
     checkpoints.write_probe(first_look.save_dir)
     lock = checkpoints.lock(first_look.save_dir)
     checkpoints.clean(first_look.save_dir)
     resumed_from, saved = find_checkpoint(first_look)
     config, origins = resolve_config(given, saved.get("options"))
+    if config.batch_size < ranks.world_size:
+        raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
     precision = choose_precision(config.mixed_precision, ranks.device)
     torch.manual_seed(config.seed)
     if ranks.device.type == "cuda":
@@ -140,70 +141,79 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     log.start(describe_run(config, origins, plan, ranks, precision, data_order, choices))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
-    if config.max_steps <= start_step:
-        log.event(
-            start_step,
-            "finish",
-            f"nothing to do: {resumed_from} is at step {start_step} of --max_steps {config.max_steps}",
-        )
-
-    # ------------------------------------------------------------------------------------------------------------- loop
     stage = Pretrain(
         data=data, validation=validation, token_bytes=tokenizer.token_byte_lengths(), ranks=ranks, precision=precision,
         batch_size=config.batch_size, micro_batch_size=plan.micro_batch_size, eval_tokens=config.eval_tokens,
         z_loss=config.z_loss,
     )  # fmt: skip
-    run = Run(config, ranks, precision, log, stage, model, optimizers, scaler, tokenizer, data_order)
+    run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, tokenizer, data_order)
     run.step, run.samples = start_step, saved.get("samples_consumed", 0)
-    batches = stage.batches(run.samples)
-    if start_step < config.max_steps:
-        first = next(batches)
-        settle_gradient_buckets(model, lambda: run.backward(first, total_weight=1.0))
-        batches = itertools.chain([first], batches)
-    stop = StopRequest()
-    clock = Clock()
-    for step in range(start_step, config.max_steps):
-        log.status("compiling" if config.compile_model and step == start_step else "training", step)
-        with clock.waiting_for_data():
-            micro_batches = next(batches)
-        factor = learning_rate_factor(
-            step, max_steps=config.max_steps, warmup_steps=config.resolved_warmup_steps, schedule=config.schedule,
-            decay_fraction=config.decay_fraction, min_factor=config.min_lr_fraction,
-        )  # fmt: skip
-        metrics, grad_norm, stopping = run.optimizer_step(micro_batches, factor, stop.signal is not None)
-        clock.steps += 1
-        done, last = step + 1, step + 1 == config.max_steps
-        log.live(done)
 
-        if done % config.log_interval == 0 or last or stopping:
-            figures = reduce_metrics(metrics, ranks)  # waits for the device: the clock is right from here
-            log.train(train_row(done, figures["loss"], config, factor, grad_norm, clock, plan, peak, run, data))
-            clock.restart()
-        if done % CHECK_INTERVAL == 0 or done % config.log_interval == 0 or last:
-            run.give_up_if_diverged(done)
-        with clock.paused():
-            at_eval = last or (config.eval_interval > 0 and done % config.eval_interval == 0)
-            if last or stopping or done % config.resolved_save_interval == 0:
-                run.save(done)  # before evaluating: an evaluation that fails must not cost the steps before it
-            if at_eval and not stopping:
-                run.evaluate(done, last)
-        if stopping and not last:
-            break
+    # ------------------------------------------------------------------------------------------------------------ train
+    stop = StopRequest()
+    try:
+        loop(run, stop)
+    except torch.OutOfMemoryError as error:
+        log.status("failed", run.step, "out of memory")
+        raise UserError(
+            f"{ranks.device} ran out of memory at step {run.step} with micro-batches of {plan.micro_batch_size}; lower "
+            "--micro_batch_size (the batch, and so the result, stays the same) and go on with --checkpoint latest"
+        ) from error
+    except BaseException as error:
+        log.status("failed", run.step, str(error))
+        raise
 
     # ------------------------------------------------------------------------------------------------------------ leave
-    finished = not stop.signal or run.step == config.max_steps
+    finished = run.step >= config.max_steps
     if run.step > start_step:
-        words = "finished" if finished else f"stopped by {stop.signal.name}"
-        log.event(
-            run.step,
-            "finish" if finished else "stop",
-            f"{words} at step {run.step:,}; {next_commands(config, finished)}",
-        )
-    log.status("finished" if finished else "stopped", max(run.step, start_step))
+        event, words = ("finish", "finished") if finished else ("stop", f"stopped by {stop.signal.name}")
+        log.event(run.step, event, f"{words} at step {run.step:,}; {next_command(config, finished)}")
+    log.status("finished" if finished else "stopped", run.step)
     log.close()
     stop_ranks(ranks)
     lock.close()
     return 0 if finished else 128 + stop.signal
+
+
+def loop(run: "Run", stop: StopRequest) -> None:
+    """Train from run.step to --max_steps, or until a rank was asked to stop; that step is finished and saved first."""
+    config, log = run.config, run.log
+    if run.step >= config.max_steps:
+        return log.event(
+            run.step, "finish", f"nothing to do: the run is at step {run.step} of --max_steps {config.max_steps}"
+        )
+    batches = run.stage.batches(run.samples)
+    first = next(batches)
+    settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
+    clock = Clock()
+    start_step = run.step
+    for step, micro_batches in zip(
+        range(start_step, config.max_steps), clock.timed(chain([first], batches)), strict=False
+    ):
+        log.status("compiling" if config.compile_model and step == start_step else "training", step)
+        lr_factor = learning_rate_factor(
+            step, max_steps=config.max_steps, warmup_steps=config.resolved_warmup_steps, schedule=config.schedule,
+            decay_fraction=config.decay_fraction, min_factor=config.min_lr_fraction,
+        )  # fmt: skip
+        metrics, grad_norm, stopping = run.optimizer_step(micro_batches, lr_factor, stop.signal is not None)
+        clock.steps += 1
+        done, last = step + 1, step + 1 == config.max_steps
+        log.live(done)
+
+        to_log = done % config.log_interval == 0 or last or stopping
+        if to_log:
+            figures = reduce_metrics(metrics, run.ranks)  # waits for the device: the clock is right from here
+            log.train(train_row(run, figures["loss"], lr_factor, grad_norm, clock))
+            clock.restart()
+        if to_log or done % CHECK_INTERVAL == 0:
+            run.give_up_if_diverged(done)
+        with clock.paused():
+            if last or stopping or done % config.resolved_save_interval == 0:
+                run.save(done)  # before evaluating: an evaluation that fails must not cost the steps before it
+            if last or (config.eval_interval and done % config.eval_interval == 0 and not stopping):
+                run.evaluate(done, last)
+        if stopping:
+            break
 
 
 @dataclass
@@ -211,6 +221,8 @@ class Run:
     """What the loop works on, and the three things it does with it: a step, a checkpoint, an evaluation."""
 
     config: TrainConfig
+    plan: RunPlan
+    peak_tflops: float | None  # of one device, None where it is not known
     ranks: Ranks
     precision: Precision
     log: RunLog
@@ -353,41 +365,6 @@ class Run:
             checkpoints.mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
 
 
-class Clock:
-    """Times training steps between log lines, without evaluations and checkpoints, and the wait for data within them."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps, self._start, self._out, self._data = 0, time.perf_counter(), 0.0, 0.0
-
-    def waiting_for_data(self):
-        return _Timed(self, "_data")
-
-    def paused(self):
-        return _Timed(self, "_out")
-
-    def seconds_per_step(self) -> float:
-        return max(1e-9, time.perf_counter() - self._start - self._out) / max(1, self.steps)
-
-    def data_wait(self) -> float:
-        """Seconds a step."""
-        return self._data / max(1, self.steps)
-
-
-class _Timed:
-    def __init__(self, clock: Clock, counter: str) -> None:
-        self.clock, self.counter = clock, counter
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        spent = time.perf_counter() - self.start
-        setattr(self.clock, self.counter, getattr(self.clock, self.counter) + spent)
-
-
 def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
     """(the checkpoint to resume from or None, its saved state). A worker that torchrun restarted resumes by itself."""
     which = config.checkpoint
@@ -452,94 +429,30 @@ def reduce_metrics(metrics: dict[str, tuple[Tensor, float]], ranks: Ranks) -> di
     return {name: total[2 * i] / max(1.0, total[2 * i + 1]) for i, name in enumerate(sorted(metrics))}
 
 
-def train_row(
-    step: int, loss: float, config: TrainConfig, lr_factor: float, grad_norm: Tensor, clock: Clock, plan: RunPlan,
-    peak: float | None, run: Run, data,
-) -> TrainRow:  # fmt: skip
-    seconds = clock.seconds_per_step()
+def train_row(run: Run, loss: float, lr_factor: float, grad_norm: Tensor, clock: Clock) -> TrainRow:
+    plan, seconds = run.plan, clock.seconds_per_step()
     rate = plan.tokens_per_step / seconds
     used, reserved = memory_gb(run.ranks.device)
+    useful = rate / plan.world_size * plan.flops_per_token  # FLOP/s of one device
     return TrainRow(
-        step=step,
+        step=run.step,
         loss=loss,
-        lr=config.learning_rate * lr_factor,
+        lr=run.config.learning_rate * lr_factor,
         grad_norm=grad_norm.item(),
         tok_s=rate,
         tok_s_gpu=rate / plan.world_size,
-        mfu=rate / plan.world_size * plan.flops_per_token / (peak * 1e12) if peak else None,
+        mfu=useful / (run.peak_tflops * 1e12) if run.peak_tflops else None,
         dt=seconds,
         data_wait=clock.data_wait(),
-        tokens=run.samples * (plan.tokens_per_step // config.batch_size),
-        epoch=data.epoch(run.samples),
+        tokens=run.samples * (plan.tokens_per_step // run.config.batch_size),
+        epoch=run.stage.data.epoch(run.samples),
         scaler=run.scaler.scale.item() if run.scaler.enabled else None,
         mem_gb=used,
         mem_reserved_gb=reserved,
     )
 
 
-def describe_run(
-    config: TrainConfig,
-    origins: dict,
-    plan: RunPlan,
-    ranks: Ranks,
-    precision: Precision,
-    data_order: dict,
-    choices: dict,
-) -> dict:
-    """The content of run.json."""
-    return {
-        "name": Path(config.save_dir).resolve().name,
-        "argv": sys.argv,
-        "config": dataclasses.asdict(config),
-        "origins": origins,
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "device": str(ranks.device),
-        "device_name": device_name(ranks.device),
-        "device_memory_gb": device_memory_gb(ranks.device),
-        "world_size": ranks.world_size,
-        "num_params": plan.parameters.total,
-        "num_params_non_embedding": plan.parameters.non_embedding,
-        "tokens_per_step": plan.tokens_per_step,
-        "max_steps": config.max_steps,
-        "flops_per_token": plan.flops_per_token,
-        "precision": str(precision.dtype).removeprefix("torch."),
-        "data_fingerprint": data_order["fingerprints"],
-        "kernels": choices,
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "started": time.time(),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def device_memory_gb(device: torch.device) -> float | None:
-    """Memory of one GPU; None for a CPU, whose memory belongs to others too."""
-    return torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else None
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def git_commit() -> str | None:
-    """The commit of this copy of groundup, or None outside a git checkout."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() or None
-
-
-def next_commands(config: TrainConfig, finished: bool) -> str:
+def next_command(config: TrainConfig, finished: bool) -> str:
     if finished:
         prompt = config.sample_prompt.strip() or "Hello"
         return f"try: python utils.py generate --checkpoint {config.save_dir} --prompt {prompt!r}"

@@ -27,8 +27,9 @@ from errors import UserError
 from training.run_files import column, duration, read_history
 
 ROOT = Path(__file__).resolve().parent.parent
-_TRAIN_SECONDS = 390  # leaves three of the ten minutes for the tokenizer, the shards, the evaluations and the samples
+_TRAIN_SECONDS = 360  # leaves four of the ten minutes for the tokenizer, the shards, the evaluations and the samples
 _PROBE_STEPS = 12
+_MIN_STEPS = 20  # on a very slow machine the model is small talk, but the path is whole
 _MAX_EPOCHS = 4  # repeated text is nearly as good as new text up to here (Muennighoff et al. 2023)
 _XZ_BYTES = 64 * 2**20  # more than this would take longer to compress than to train on
 
@@ -133,7 +134,7 @@ def train(size: Size, data: Path, run: Path, seconds: int, is_python: bool) -> N
     speeds = {precision: seconds_per_step([*common, "--mixed_precision", precision]) for precision in precisions}
     precision = min(speeds, key=speeds.get)
     windows = load_metadata(data).splits["train"].tokens // size.max_length
-    steps = max(100, min(int(seconds / speeds[precision]), _MAX_EPOCHS * windows // size.batch_size))
+    steps = max(_MIN_STEPS, min(int(seconds / speeds[precision]), _MAX_EPOCHS * windows // size.batch_size))
     seen = ", ".join(f"{speed:.2f} s with --mixed_precision {name}" for name, speed in speeds.items())
     print(f"a step takes {seen}: {steps:,} steps, about {duration(steps * speeds[precision])}")
     shutil.rmtree(run, ignore_errors=True)
@@ -170,7 +171,7 @@ def gather_standard_library(folder: Path) -> Path:
 def prompts(data: Path, is_python: bool) -> list[str]:
     """What to continue: openings of Python code, or the first words of the user's own validation text."""
     if is_python:
-        return ["def ", "class ", "import os\nimport "]
+        return ["def __init__(self", "class Test", "import os\nimport sys\n"]
     tokenizer, split = load_tokenizer(data), open_split(data, "val")
     opening = tokenizer.decode(split.read(0, min(split.num_tokens, 64)).tolist())
     return [" ".join(opening.split()[:3]) or "The"]
@@ -206,7 +207,7 @@ def summary(home: Path, data: Path, run: Path) -> str:
 
   {data}/tokenizer.json            the tokenizer (Hugging Face format)
   {data}/dataset/                  the tokens (Megatron-LM's .bin and .idx)
-  {run}/{checkpoint}/   the model (a Hugging Face folder), optimizer state and position in the data
+  {run}/{checkpoint}/      the model (a Hugging Face folder), optimizer state and position in the data
   {run}/metrics.jsonl              every figure of the run
   {run}/curves.png                 the loss curve
 

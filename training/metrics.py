@@ -4,19 +4,23 @@ In the run's folder: run.json (what was started), metrics.jsonl (one JSON object
 now); run_files.py reads them. On the terminal: one line at each log interval, and, on a terminal, a live line below it.
 """
 
+import contextlib
 import json
 import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 
 from training.run_files import METRICS_FILE, RUN_FILE, STATUS_FILE, duration
+
+T = TypeVar("T")
 
 _STATUS_SECONDS = 5.0
 _LIVE_SECONDS = 0.5
@@ -174,6 +178,41 @@ class ProgressLine:
             self.stream.write("\r\x1b[K")
             self.stream.flush()
             self._shown = False
+
+
+class Clock:
+    """Times training steps between log lines, without evaluations and checkpoints, and the wait for data within them."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self._start, self._out, self._data = 0, time.perf_counter(), 0.0, 0.0
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches, the wait for each counted as waiting for data."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._data += time.perf_counter() - start
+            yield batch
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        start = time.perf_counter()
+        yield
+        self._out += time.perf_counter() - start
+
+    def seconds_per_step(self) -> float:
+        return max(1e-9, time.perf_counter() - self._start - self._out) / max(1, self.steps)
+
+    def data_wait(self) -> float:
+        """Seconds a step."""
+        return self._data / max(1, self.steps)
 
 
 def memory_gb(device: torch.device) -> tuple[float, float | None]:

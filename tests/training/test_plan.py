@@ -27,9 +27,7 @@ def test_parameters_are_those_of_the_real_model():
         assert model.vocab_size == 384  # 300, padded to a multiple of 128
 
 
-@pytest.mark.parametrize(
-    "world_size,micro,accumulation", [(1, None, 1), (1, 5, 3), (2, 3, 2), (5, 1, 3), (2, 100, 1)]
-)
+@pytest.mark.parametrize("world_size,micro,accumulation", [(1, None, 1), (1, 5, 3), (2, 3, 2), (5, 1, 3), (2, 100, 1)])
 def test_accumulation_covers_the_batch(world_size, micro, accumulation):
     config, _, plan = a_plan(world_size=world_size, micro_batch_size=micro)
     assert plan.accumulation_steps == accumulation
