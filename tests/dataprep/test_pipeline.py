@@ -371,11 +371,14 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_memory_does_not_grow_with_the_corpus(reference, root, tmp_path, kind):
-    """Ten times the text in one file, 17 MB for 1.7 MB, may take 10 MB more: less than holding the text."""
+    """50 MB more text in one file, 66 MB for 17 MB, may take 20 MB more; the allocator alone moves by some 8.
+
+    Both are above the size up to which a document is encoded in one piece.
+    """
     rng = random.Random(0)
     paragraph = text(rng, 2000)
     peaks = []
-    for name, copies in (("small", 150), ("large", 1500)):
+    for name, copies in (("small", 1500), ("large", 6000)):
         (tmp_path / name).mkdir()
         with open(tmp_path / name / f"a.{kind}", "w") as file:
             for n in range(copies):
@@ -383,7 +386,7 @@ def test_memory_does_not_grow_with_the_corpus(reference, root, tmp_path, kind):
         arguments = [str(root), tmp_path / name, tmp_path / f"{name}_out", reference / "out"]
         process = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
         peaks.append(int(process.stdout) / 1000)
-    assert peaks[1] - peaks[0] < 10, peaks
+    assert peaks[1] - peaks[0] < 20, peaks
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(reference, corpus, root):
