@@ -27,7 +27,7 @@ from dataprep.shards import Metadata, load_metadata, open_split
 from dataprep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from errors import UserError, run_script
 from kernels.attention import chosen_backend
-from model import Transformer
+from model import ModelConfig, Transformer
 from stages.pretrain import Pretrain
 from training import checkpoints
 from training.batches import MicroBatch, Windows, open_training_data
@@ -99,21 +99,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # ------------------------------------------------------------------------------------------------ model, optimizers
     model_config = model_shape(config, vocab_size, max_length, tokenizer.eos_token_id)
-    with torch.device("meta"):
-        raw_model = Transformer(model_config)
-    raw_model.to_empty(device=ranks.device)
-    if resumed_from:
-        checkpoints.load_model(resumed_from, raw_model)
-    else:
-        raw_model.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=vocab_size)
-    optimizers = build_optimizers(
-        raw_model, name=config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-        beta1=config.beta1, beta2=config.beta2,
-        muon_dtype=torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32,
-    )  # fmt: skip
+    raw_model, optimizers = build_model(config, model_config, vocab_size, ranks.device, precision, resumed_from)
     scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
     if resumed_from:
-        checkpoints.load_optimizers(resumed_from, raw_model, optimizers)
         scaler.load(saved["scaler"])
         if saved["world_size"] == ranks.world_size:
             checkpoints.set_rng_state(saved["rng"][ranks.rank])
@@ -173,6 +161,27 @@ def main(argv: list[str] | None = None) -> int:
     stop_ranks(ranks)
     lock.close()
     return 0 if finished else 128 + stop.signal
+
+
+def build_model(
+    config: TrainConfig, shape: ModelConfig, vocab_size: int, device: torch.device, precision: Precision, checkpoint: Path | None
+) -> tuple[Transformer, list[torch.optim.Optimizer]]:  # fmt: skip
+    """The model and its optimizers, drawn from the seed or loaded from `checkpoint`."""
+    with torch.device("meta"):  # no memory is touched twice, however large the model
+        model = Transformer(shape)
+    model.to_empty(device=device)
+    if checkpoint:
+        checkpoints.load_model(checkpoint, model)
+    else:
+        model.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=vocab_size)
+    optimizers = build_optimizers(
+        model, name=config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+        beta1=config.beta1, beta2=config.beta2,
+        muon_dtype=torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32,
+    )  # fmt: skip
+    if checkpoint:
+        checkpoints.load_optimizers(checkpoint, model, optimizers)
+    return model, optimizers
 
 
 def loop(run: "Run", stop: StopRequest) -> None:

@@ -295,10 +295,11 @@ def test_on_a_gpu_a_step_and_a_skip_never_wait_for_the_device(name):
         assert all(same) if skip else not any(same)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_the_bf16_iteration_is_as_near_to_float64_as_torchs_own():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_bf16_iteration_is_as_near_to_float64_as_torchs_own(device):
+    """Within 3 %: five products of 8-bit mantissas; torch.optim.Muon, always bf16, is 1.5 to 1.7 % away."""
     for rows, columns in ((64, 64), (64, 192), (256, 704)):
         matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
         exact = newton_schulz_float64(matrix.double().numpy())
-        update = orthogonalize(matrix[None].cuda())[0].double().cpu().numpy()
+        update = orthogonalize(matrix[None].to(device), torch.bfloat16)[0].double().cpu().numpy()
         assert np.linalg.norm(update - exact) < 0.03 * np.linalg.norm(exact)
