@@ -158,9 +158,10 @@ def main(argv: list[str] | None = None) -> int:
         log.event(run.step, event, f"{words} at step {run.step:,}; {next_command(config, finished)}")
     log.status("finished" if finished else "stopped", run.step)
     log.close()
-    stop_ranks(ranks)
     lock.close()
-    return 0 if finished else 128 + stop.signal
+    exit_code = 0 if finished else 128 + stop.signal
+    stop_ranks(ranks, exit_code)
+    return exit_code
 
 
 def build_model(

@@ -172,7 +172,8 @@ def prompts(data: Path, is_python: bool) -> list[str]:
     """What to continue: openings of Python code, or the first words of the user's own validation text."""
     if is_python:
         return ["def __init__(self", "class Test", "import os\nimport sys\n"]
-    tokenizer, split = load_tokenizer(data), open_split(data, "val")
+    tokenizer = load_tokenizer(data)
+    split = open_split(data, "val" if load_metadata(data).splits["val"].tokens else "train")
     opening = tokenizer.decode(split.read(0, min(split.num_tokens, 64)).tolist())
     return [" ".join(opening.split()[:3]) or "The"]
 
@@ -198,12 +199,15 @@ def title(number: int, text: str) -> None:
 
 def summary(home: Path, data: Path, run: Path) -> str:
     """The figures reached, the files made, and what to try next."""
-    last = read_history(run).evals[-1]
-    bits = last.get("val_bpb_all", last["val_bpb"])
-    yardstick = xz_bits_per_byte(open_split(data, "val"), load_tokenizer(data))
-    compared = f"; xz -9 needs {yardstick:.3f} for the same text" if yardstick else ""
+    history = read_history(run)
+    reached = "no validation figure: the text has too few documents to hold one out"
+    if history.evals:
+        last = history.evals[-1]
+        reached = f"{last.get('val_bpb_all', last['val_bpb']):.3f} bits per byte after {last['step']:,} steps"
+        yardstick = xz_bits_per_byte(open_split(data, "val"), load_tokenizer(data))
+        reached += f"; xz -9 needs {yardstick:.3f} for the same text" if yardstick else ""
     checkpoint = (run / "latest").read_text().strip()
-    return f"""validation: {bits:.3f} bits per byte after {last["step"]:,} steps{compared}
+    return f"""validation: {reached}
 
   {data}/tokenizer.json            the tokenizer (Hugging Face format)
   {data}/dataset/                  the tokens (Megatron-LM's .bin and .idx)
@@ -215,7 +219,7 @@ next:
   python utils.py generate --checkpoint {run} --prompt "def main("
   python utils.py monitor --checkpoint_dir {home} --once
   python utils.py plan --data_dir {data} --preset small
-  python train.py --save_dir {run} --checkpoint latest --max_steps {2 * last["step"]}"""
+  python train.py --save_dir {run} --checkpoint latest --max_steps {2 * history.step}"""
 
 
 def xz_bits_per_byte(split: TokenSplit, tokenizer) -> float | None:

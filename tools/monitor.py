@@ -354,19 +354,21 @@ def _write_plot(views: Sequence[RunView], path: str) -> None:
 
 def _run_live(watch: RunWatch, console: Console, interval: float) -> None:
     """Redraw until q or Ctrl-C; however it ends, the terminal is as before."""
-    for terminating in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(terminating, lambda received, _: sys.exit(128 + received))
+    received: list[int] = []  # noted and looked at between redraws: an exception could be raised anywhere, and be lost
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda caught, _: received.append(caught))
     with (
-        contextlib.suppress(KeyboardInterrupt),
         _keyboard() as keyboard,
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
         leave = False
-        while not leave:
+        while not leave and not received:
             screen = render(watch.look(), console, console.height)
             title = Text(time.strftime("%H:%M:%S  q leaves"), style="dim")
             live.update(Group(title, screen), refresh=True)
             leave = _wait(keyboard, interval)
+    if received and received[0] != signal.SIGINT:
+        sys.exit(128 + received[0])
 
 
 @contextlib.contextmanager

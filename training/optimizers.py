@@ -161,9 +161,9 @@ class Muon(torch.optim.Optimizer):
         mine = torch.zeros(longest, dtype=self.iteration_dtype, device=device)
         if updates is not None:
             mine[: updates.numel()] = updates.flatten()
-        gathered = mine.new_empty(ranks * mine.numel())
-        dist.all_gather_into_tensor(gathered, mine)
-        return gathered.view(ranks, -1)
+        gathered = mine.new_empty(ranks, mine.numel())
+        dist.all_gather(list(gathered.unbind()), mine)
+        return gathered
 
     def _orthogonalize(self, parameters: list[Tensor], momentum: float) -> Tensor:
         directions = torch.stack([self._direction(parameter, momentum) for parameter in parameters])

@@ -60,11 +60,18 @@ def start_ranks(device_name: str) -> Ranks:
     return Ranks(rank, world_size, device)
 
 
-def stop_ranks(ranks: Ranks) -> None:
-    """Leave the process group; ranks that leave early would turn the others' shutdown into an error."""
+def stop_ranks(ranks: Ranks, exit_code: int) -> None:
+    """Leave the process group together, and, where there is one, end the process with `exit_code`.
+
+    Ranks that leave early would turn the others' shutdown into an error. And a gloo thread that still holds a Python
+    object when the interpreter is taken down aborts the process, now and then, after all work is done.
+    """
     if ranks.world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -91,11 +98,9 @@ def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool) -> nn.
         model.compile()
     if ranks.world_size == 1:
         return model
-    # broadcast_buffers: there are none that learn; gradients live in DDP's buckets, which saves a copy of them
+    # gradients live in DDP's buckets, which saves a copy of them
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
