@@ -47,7 +47,7 @@ class TrainConfig:
     """Every option of a run. None means: worked out from the other options, the data or the machine (see the help)."""
 
     # fmt: off
-    data_dir: list[str] = option("data", "folder(s) written by data_prep_tool.py; several are mixed by --data_weights", [])
+    data_dir: list[str] = option("data", "folder(s) written by data_prep_tool.py; several are mixed by --data_weights, and validation reads the first", [])
     data_weights: list[float] = option("data", "share of the samples drawn from each --data_dir (default: by their number of tokens)", [])
     max_length: int | None = option("data", "tokens in a row (default: what the data was prepared with)", None)
     stride: int | None = option("data", "overlap of neighbouring rows in tokens (default: what the data was prepared with; 0 when --max_length is given)", None)
