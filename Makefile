@@ -7,6 +7,7 @@ CORPUS ?=
 # Linux without an NVIDIA driver takes the CPU build of torch; make TORCH_REQUIREMENTS= leaves the choice to pip
 ifeq ($(shell uname -s)-$(wildcard /proc/driver/nvidia/version),Linux-)
 TORCH_REQUIREMENTS ?= requirements-cpu.txt
+DEV_REQUIREMENTS ?= requirements-dev-cpu.txt
 endif
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -33,8 +34,8 @@ $(VENV)/.installed: requirements.txt $(TORCH_REQUIREMENTS)
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt $(DEV_REQUIREMENTS)
+	$(PIP) -r requirements-dev.txt $(addprefix -r ,$(DEV_REQUIREMENTS))
 	touch $@
 
 clean:

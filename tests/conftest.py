@@ -1,5 +1,6 @@
-"""What do all tests share? One thread per test process, and the optional folder of real data."""
+"""What do all tests share? One thread per test process, Triton's interpreter, and the optional folder of real data."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +11,17 @@ from random import Random
 import pytest
 import torch
 
+from tests import interpreter_bf16
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    """Without `-m gpu`, Triton kernels run under Triton's interpreter. It must be chosen before a kernel is defined, so
+    a test process has either the interpreter or the compiler; tests that compile start a process of their own."""
+    if config.option.markexpr.replace("not gpu", "").find("gpu") < 0 and importlib.util.find_spec("triton"):
+        os.environ["TRITON_INTERPRET"] = "1"
+        interpreter_bf16.patch()
 
 
 @pytest.fixture(autouse=True, scope="session")
