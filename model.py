@@ -24,7 +24,11 @@ from torch import Tensor, nn
 
 from errors import UserError
 from kernels.attention import AttentionMask, attention, causal_mask, document_mask, document_positions
-from kernels.rotary import checked_scaling, rotary_tables, rotate
+from kernels.choice import KernelChoice
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope
+from kernels.rotary import checked_scaling, rotary_tables
+from kernels.swiglu import swiglu
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -171,27 +175,36 @@ def _rope_from_hf(config: dict) -> tuple[float, dict | None]:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 inside (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, fp32 inside (Zhang & Sennrich 2019).
+
+    The result has the dtype of the matrix product that follows; under autocast the residual stream keeps its fp32.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # half-precision activations with fp32 weights (autocast)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x: Tensor, implementation: str) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, out_dtype=_compute_dtype(x), implementation=implementation)
+
+    def add(self, x: Tensor, update: Tensor | None, implementation: str) -> tuple[Tensor, Tensor]:
+        """(norm of x + update, x + update) in one pass over memory; without an update, of x."""
+        if update is None:
+            return self(x, implementation), x
+        return add_rms_norm(
+            x, update, self.weight, self.eps, out_dtype=_compute_dtype(x), implementation=implementation
+        )
 
 
 class Shared(NamedTuple):
-    """What every block of one forward uses: rotary tables, who may see whom, and the cache to append to."""
+    """What every block of one forward uses: rotary tables, who may see whom, the cache to append to, the kernels."""
 
     cos: Tensor
     sin: Tensor
     mask: AttentionMask | None
     cache: "KVCache | None"
+    kernels: KernelChoice
 
 
 class Attention(nn.Module):
@@ -210,13 +223,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         batch, length, _ = x.shape
-        x = x.to(_compute_dtype(x))  # under autocast each projection would cast it again
         q = self.q_proj(x).view(batch, length, -1, self.head_dim)  # (B, T, A, D)
         k = self.k_proj(x).view(batch, length, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(batch, length, -1, self.head_dim)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
+            q, k = self.q_norm(q, shared.kernels.rms_norm), self.k_norm(k, shared.kernels.rms_norm)
+        q, k = rope(q, k, shared.cos, shared.sin, implementation=shared.kernels.rope)
         if shared.cache is not None:
             k, v = shared.cache.append(self.layer, k, v)  # (B, S, K, D)
         out = attention(q, k, v, mask=shared.mask)  # (B, T, A, D)
@@ -232,13 +244,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(_compute_dtype(x))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) → (B, T, F) → (B, T, H)
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        gated = swiglu(self.gate_proj(x), self.up_proj(x), implementation=shared.kernels.swiglu)  # (B, T, F)
+        return self.down_proj(gated)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); each sum is taken by the norm that reads it next."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -247,13 +259,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), shared)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, update: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor]:
+        """The residual stream (B, T, H), and what is still to be added to it (None before the first block); the same two."""
+        normed, x = self.input_layernorm.add(x, update, shared.kernels.rms_norm)
+        update = self.self_attn(normed, shared)
+        normed, x = self.post_attention_layernorm.add(x, update, shared.kernels.rms_norm)
+        return x, self.mlp(normed, shared)
 
 
 # ---------------------------------------------------------------------------------------------------------- transformer
 
+_PLAIN = KernelChoice()
 _INIT_STD = 0.02
 _CUT = 3.0  # standard deviations
 
@@ -263,11 +279,13 @@ class Transformer(nn.Module):
 
     The constructor leaves torch's default weights: call `init_weights`, or `load_pretrained`. To build a large one:
     `with torch.device("meta"): model = Transformer(config)`, then `model.to_empty(device=…)`, then `init_weights`.
+    `kernels` says what its operations run on (kernels/choice.py); by default plain PyTorch. It may be set later.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kernels: KernelChoice = _PLAIN):
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -314,12 +332,13 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None]  # (1, T)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        shared = Shared(cos, sin, mask, cache)
+        shared = Shared(cos, sin, mask, cache, self.kernels)
+        update = None
         for block in self.model["layers"]:
-            x = block(x, shared)
+            x, update = block(x, update, shared)
         if cache is not None:
             cache.length += length
-        return self.model["norm"](x)
+        return self.model["norm"].add(x, update, self.kernels.rms_norm)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, V) fp32 logits of hidden states (…, H). For sampling and tests; training uses linear_cross_entropy."""

@@ -27,6 +27,7 @@ from dataprep.shards import Metadata, load_metadata, open_split
 from dataprep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from errors import UserError, run_script
 from kernels.attention import chosen_backend
+from kernels.choice import KernelChoice, choose_kernels, describe_kernels
 from model import ModelConfig, Transformer
 from stages.pretrain import Pretrain
 from training import checkpoints
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.batch_size < ranks.world_size:
         raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
     precision = choose_precision(config.mixed_precision, ranks.device)
+    kernels = choose_kernels(config.kernels, ranks.device, config.compile_model)
     torch.manual_seed(config.seed)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
@@ -99,7 +101,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # ------------------------------------------------------------------------------------------------ model, optimizers
     model_config = model_shape(config, vocab_size, max_length, tokenizer.eos_token_id)
-    raw_model, optimizers = build_model(config, model_config, vocab_size, ranks.device, precision, resumed_from)
+    raw_model, optimizers = build_model(
+        config, model_config, kernels, vocab_size, ranks.device, precision, resumed_from
+    )
     scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
     if resumed_from:
         scaler.load(saved["scaler"])
@@ -113,21 +117,19 @@ def main(argv: list[str] | None = None) -> int:
         half_precision=precision.dtype != torch.float32, train_windows=sum(map(len, data.sources)),
     )  # fmt: skip
     peak = config.peak_tflops or peak_tflops(ranks.device, precision.dtype)
-    choices = {
-        "attention": chosen_backend(ranks.device, precision.dtype),
-        "linear_cross_entropy": "chunked, gradients made in the forward pass (torch)",
-    }
+    attention = chosen_backend(ranks.device, precision.dtype)
     start_step = saved.get("step", 0)
     log = RunLog(config.save_dir, is_main=ranks.is_main, max_steps=config.max_steps, start_step=start_step)
     log.say(
         format_plan(plan, config, model_config, {
             "precision": precision.reason,
-            **choices,
+            "kernels": describe_kernels(kernels, ranks.device, config.compile_model),
+            "attention": attention,
             "device": f"{device_name(ranks.device)} x {ranks.world_size}",
             "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
         })
     )  # fmt: skip
-    log.start(describe_run(config, origins, plan, ranks, precision, data_order, choices))
+    log.start(describe_run(config, origins, plan, ranks, precision, data_order, {**dataclasses.asdict(kernels), "attention": attention}))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
     stage = Pretrain(
         data=data, validation=validation, token_bytes=tokenizer.token_byte_lengths(), ranks=ranks, precision=precision,
@@ -165,11 +167,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_model(
-    config: TrainConfig, shape: ModelConfig, vocab_size: int, device: torch.device, precision: Precision, checkpoint: Path | None
+    config: TrainConfig, shape: ModelConfig, kernels: KernelChoice, vocab_size: int, device: torch.device,
+    precision: Precision, checkpoint: Path | None,
 ) -> tuple[Transformer, list[torch.optim.Optimizer]]:  # fmt: skip
     """The model and its optimizers, drawn from the seed or loaded from `checkpoint`."""
     with torch.device("meta"):  # no memory is touched twice, however large the model
-        model = Transformer(shape)
+        model = Transformer(shape, kernels)
     model.to_empty(device=device)
     if checkpoint:
         checkpoints.load_model(checkpoint, model)

@@ -20,21 +20,14 @@ _OPTIONAL = {"yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "m
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, T, 1, D) fp32, for positions (B, T). Shared by all layers of a forward.
+    """cos and sin, each (B, T, D/2) fp32, for positions (B, T). Shared by all layers of a forward; `rope` applies them.
 
     Computed from the positions each time: there is no table to grow, to cast with the model or to initialise. Angles
     stay fp32 under any autocast or model dtype: in bf16 positions beyond 256 would collide.
     """
     inv_freq, factor = rotary_frequencies(head_dim, theta, scaling, positions.device)
-    angles = positions[..., None, None].float() * inv_freq  # (B, T, 1, D/2)
-    cos, sin = angles.cos() * factor, angles.sin() * factor
-    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, T, heads, D) by its positions' angles; channel i pairs with i + D/2 (Hugging Face's layout)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)  # the products are fp32, as the tables are
+    angles = positions[..., None].float() * inv_freq
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotary_frequencies(

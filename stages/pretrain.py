@@ -52,6 +52,7 @@ class Pretrain:
             batch.targets.flatten(),
             ignore_index=IGNORE_INDEX,
             z_loss=self.z_loss,
+            implementation=unwrap(model).kernels.linear_cross_entropy,
         )
         return sums.total, {"loss": (sums.cross_entropy, batch.weight)}
 

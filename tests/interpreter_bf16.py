@@ -4,7 +4,12 @@ It keeps bf16 as the bits in a uint16 and then does integer arithmetic on them: 
 an error, and conversions truncate (triton issues 4972 and 11584; a fix was declined in pull request 11585). `patch`
 makes each operation on bf16 operands run in fp32 and rounds its result to nearest even, which is what one operation
 does on a GPU. Holds for Triton 3.6 to 3.9.
+
+    TRITON_INTERPRET=1 python -m tests.interpreter_bf16 train.py --kernels triton ...   runs a script with it
 """
+
+import runpy
+import sys
 
 import numpy as np
 import torch
@@ -133,3 +138,9 @@ def _patch_range(interpreter) -> None:
         return result
 
     interpreter._patch_lang_tensor = patched
+
+
+if __name__ == "__main__":
+    patch()
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.jit import why_not_triton
+
 SMALL = [
     "--hidden_size",
     "32",
@@ -257,6 +259,23 @@ def test_compiled_training_follows_eager_training(train, tmp_path):
     assert names[0] == names[1]
 
 
+@pytest.mark.skipif(why_not_triton(torch.device("cpu")) is not None, reason="triton is not installed")
+def test_training_on_triton_kernels_follows_training_on_plain_pytorch(train, tmp_path):
+    """Losses to 1e-5 (fp32 sums in another order), and what ran on what is printed and saved. Under the interpreter the
+    loss would take minutes: it is overridden, as a user would."""
+    asked = ["--kernels", "triton", "linear_cross_entropy=torch"]
+    interpreter = [sys.executable, "-m", "tests.interpreter_bf16"]
+    plain, fused = (
+        train(tmp_path / name, *SMALL, *QUIET, "--max_steps", 3, *flags, launcher=interpreter)
+        for name, flags in (("plain", []), ("fused", asked))
+    )
+    wanted, found = rows(tmp_path / "plain"), rows(tmp_path / "fused")
+    assert max(abs(wanted[step] - found[step]) for step in wanted) < 1e-5
+    table = json.loads((tmp_path / "fused" / "run.json").read_text())["kernels"]
+    assert table["rms_norm"] == table["rope"] == table["swiglu"] == "triton" and table["linear_cross_entropy"] == "torch"
+    assert "Triton: rms_norm, rope, swiglu" in fused.stdout and "Triton:" not in plain.stdout
+
+
 # ----------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -271,6 +290,7 @@ def fails(done: subprocess.CompletedProcess, *words: str) -> None:
 def test_wrong_options_are_one_sentence(train, tmp_path):
     fails(train(tmp_path, *SMALL, "--num_heads", "5", check=False), "--num_heads 5", "--hidden_size 32")
     fails(train(tmp_path, *SMALL, "--vocab_size", "999", check=False), "--vocab_size 999", "tokenizer")
+    fails(train(tmp_path, *SMALL, "--kernels", "auto", "gelu=torch", check=False), "--kernels gelu=torch", "swiglu")
     fails(train(tmp_path, "--learning_rat", "1", check=False), "--learning_rat", "did you mean --learning_rate")
     fails(train(tmp_path, "--data_dir", tmp_path / "nowhere", check=False), "nowhere", "data_prep_tool.py")
     fails(train(tmp_path, *SMALL, "--max_length", "1000000", check=False), "--max_length")
