@@ -8,7 +8,7 @@ Each case of CASES calls a kernel's launch function with tensors that have shape
 a driver that only names its architecture, so Triton compiles what it would launch there, specialised as it would be.
 
 The rules: no stack (spilled registers), shared memory within the architecture's limit, tensor-core instructions in
-kernels with matrix products, 16-byte loads in kernels bound by memory. It must run without TRITON_INTERPRET.
+kernels with matrix products, 16-byte loads or stores in kernels bound by memory. It must run without TRITON_INTERPRET.
 """
 
 import argparse
@@ -30,7 +30,8 @@ SHARED_MEMORY_LIMIT = {80: 166912, 90: 232448}  # bytes a block may have (CUDA p
 
 @dataclass(frozen=True)
 class Case:
-    """A launch to compile. Its kernels are bound by "memory" (16-byte loads wanted) or by "products" (tensor cores)."""
+    """A launch to compile. Its kernels are bound by "memory" (16-byte loads wanted), by "stores" (they write more than
+    they read: 16-byte stores) or by "products" (tensor cores)."""
 
     name: str
     bound: str
@@ -39,9 +40,19 @@ class Case:
 
 def cases() -> list[Case]:
     """Every kernel file's own list: `resource_cases() -> [(name, bound, launch)]` with tensors on the meta device."""
+    import kernels.linear_cross_entropy
+    import kernels.lora_linear
+    import kernels.nf4
+    import kernels.nf4_linear
+    import kernels.norm_lora
     import kernels.rms_norm
+    import kernels.rope
+    import kernels.swiglu
 
-    modules = [kernels.rms_norm]
+    modules = [
+        kernels.linear_cross_entropy, kernels.lora_linear, kernels.nf4, kernels.nf4_linear, kernels.norm_lora,
+        kernels.rms_norm, kernels.rope, kernels.swiglu,
+    ]  # fmt: skip
     return [
         Case(f"{module.__name__.split('.')[1]}: {name}", bound, launch)
         for module in modules
@@ -111,6 +122,7 @@ def resources(kernel) -> dict[str, int]:
         "products": len(re.findall(r"\bH?GMMA|\bHMMA", code)),
         "loads": len(re.findall(r"\bLDG\b|\bLDGSTS\b|\bUTMALDG\b", code)),
         "wide loads": len(re.findall(r"\b(?:LDG|LDGSTS)\S*\.128|\bUTMALDG\b", code)),
+        "wide stores": len(re.findall(r"\bSTG\S*\.128|\bUTMASTG\b", code)),
     }
 
 
@@ -124,6 +136,8 @@ def broken_rules(case: Case, capability: int, used: dict[str, int]) -> list[str]
         broken.append("no tensor-core instruction")
     if case.bound == "memory" and not used["wide loads"]:
         broken.append("no 16-byte load")
+    if case.bound == "stores" and not used["wide stores"]:
+        broken.append("no 16-byte store")
     return [f"{case.name} on sm_{capability}: {sentence}" for sentence in broken]
 
 
@@ -138,8 +152,8 @@ def main() -> int:
 
     # read from the machine code of another version, figures would differ with nothing changed here
     header = f"# triton {triton.__version__}; python bench/resources.py --write\n"
-    columns = ["warps", "registers", "stack", "shared", "products", "loads", "wide loads"]
-    lines = [f"{'kernel':<56}{'sm':>4}" + "".join(f"{name:>11}" for name in columns)]
+    columns = ["warps", "registers", "stack", "shared", "products", "loads", "wide loads", "wide stores"]
+    lines = [f"{'kernel':<68}{'sm':>4}" + "".join(f"{name:>12}" for name in columns)]
     problems = []
     for case in cases():
         if args.only not in case.name:
@@ -149,7 +163,7 @@ def main() -> int:
                 used = resources(kernel)
                 problems += broken_rules(case, capability, used)
                 name = f"{case.name} {kernel.metadata.name.strip('_')}"
-                lines.append(f"{name:<56}{capability:>4}" + "".join(f"{used[name]:>11}" for name in columns))
+                lines.append(f"{name:<68}{capability:>4}" + "".join(f"{used[name]:>12}" for name in columns))
                 print(lines[-1], flush=True)
     text = header + "\n".join(line.rstrip() for line in lines) + "\n"
     print("\n".join(problems), file=sys.stderr)
