@@ -13,6 +13,7 @@ D head size, F MLP size, V vocabulary, L layers.
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -220,12 +221,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.joint_sizes: list[int] | None = None  # set where adapters project together with the norm before
+
+    def projections(self, x: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values of x, or x cut in three if it is them already (training/adapters.py)."""
+        if self.joint_sizes:
+            return x.split(self.joint_sizes, dim=-1)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, -1, self.head_dim)  # (B, T, A, D)
-        k = self.k_proj(x).view(batch, length, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(batch, length, -1, self.head_dim)
+        q, k, v = (part.view(batch, length, -1, self.head_dim) for part in self.projections(x))  # (B, T, A or K, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q, shared.kernels.rms_norm), self.k_norm(k, shared.kernels.rms_norm)
         q, k = rope(q, k, shared.cos, shared.sin, implementation=shared.kernels.rope)
@@ -243,10 +249,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.joint_sizes: list[int] | None = None  # as in Attention
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        gated = swiglu(self.gate_proj(x), self.up_proj(x), implementation=shared.kernels.swiglu)  # (B, T, F)
-        return self.down_proj(gated)
+        gate, up = (x, None) if self.joint_sizes else (self.gate_proj(x), self.up_proj(x))  # (B, T, F), or packed 2F
+        return self.down_proj(swiglu(gate, up, implementation=shared.kernels.swiglu))
 
 
 class Block(nn.Module):
@@ -319,16 +326,16 @@ class Transformer(nn.Module):
         """
         batch, length = input_ids.shape
         x = self.model["embed_tokens"](input_ids)  # (B, T, H)
-        mask = None
-        if cu_seqlens is not None:
+        past = 0 if cache is None else cache.length
+        computed_in = {"dtype": _compute_dtype(x), "backend": self.kernels.attention}
+        if cu_seqlens is None:
+            mask = causal_mask(length, past + length, x.device, **computed_in)
+        else:
             if cache is not None:
                 raise ValueError("packed documents (cu_seqlens) cannot go into a cache; pass one of the two")
-            mask = document_mask(cu_seqlens, batch, length, dtype=_compute_dtype(x), max_seqlen=max_seqlen)
+            mask = document_mask(cu_seqlens, batch, length, max_seqlen=max_seqlen, **computed_in)
             if positions is None:
                 positions = document_positions(cu_seqlens, batch, length)
-        past = 0 if cache is None else cache.length
-        if past:
-            mask = causal_mask(length, past + length, x.device)
         if positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None]  # (1, T)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)

@@ -26,7 +26,7 @@ from arguments import ArgumentParser
 from dataprep.shards import Metadata, load_metadata, open_split
 from dataprep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from errors import UserError, run_script
-from kernels.attention import chosen_backend
+from kernels.attention import activate, choose_attention, describe_attention
 from kernels.choice import KernelChoice, choose_kernels, describe_kernels
 from model import ModelConfig, Transformer
 from stages.pretrain import Pretrain
@@ -74,7 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     if config.batch_size < ranks.world_size:
         raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
     precision = choose_precision(config.mixed_precision, ranks.device)
-    kernels = choose_kernels(config.kernels, ranks.device, config.compile_model)
+    attention = choose_attention(
+        config.attention, ranks.device, precision.dtype, head_dim=config.hidden_size // config.num_heads
+    )
+    activate(attention)
+    kernels = choose_kernels(config.kernels, ranks.device, config.compile_model, attention)
     torch.manual_seed(config.seed)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
@@ -117,19 +121,20 @@ def main(argv: list[str] | None = None) -> int:
         half_precision=precision.dtype != torch.float32, train_windows=sum(map(len, data.sources)),
     )  # fmt: skip
     peak = config.peak_tflops or peak_tflops(ranks.device, precision.dtype)
-    attention = chosen_backend(ranks.device, precision.dtype)
+    described_attention = describe_attention(attention, ranks.device, precision.dtype, head_dim=model_config.head_dim)
     start_step = saved.get("step", 0)
     log = RunLog(config.save_dir, is_main=ranks.is_main, max_steps=config.max_steps, start_step=start_step)
     log.say(
         format_plan(plan, config, model_config, {
             "precision": precision.reason,
             "kernels": describe_kernels(kernels, ranks.device, config.compile_model),
-            "attention": attention,
+            "attention": described_attention,
             "device": f"{device_name(ranks.device)} x {ranks.world_size}",
             "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
         })
     )  # fmt: skip
-    log.start(describe_run(config, origins, plan, ranks, precision, data_order, {**dataclasses.asdict(kernels), "attention": attention}))
+    table = {**dataclasses.asdict(kernels), "attention": described_attention}
+    log.start(describe_run(config, origins, plan, ranks, precision, data_order, table))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
     stage = Pretrain(
         data=data, validation=validation, token_bytes=tokenizer.token_byte_lengths(), ranks=ranks, precision=precision,

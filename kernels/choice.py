@@ -12,19 +12,20 @@ back ends and its own flag (kernels/attention.py); LoRA's three ways are chosen 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 
 from errors import UserError
 from kernels.jit import why_not_triton
 
+OPERATIONS = ("rms_norm", "rope", "swiglu", "linear_cross_entropy", "lora", "nf4")
 _BETTER_THAN_THE_COMPILER = ("linear_cross_entropy", "lora", "nf4")
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """ "triton" or "torch" for each operation. The default runs everywhere."""
+    """ "triton" or "torch" for each of OPERATIONS, and attention's back end. The default runs everywhere."""
 
     rms_norm: str = "torch"
     rope: str = "torch"
@@ -32,13 +33,15 @@ class KernelChoice:
     linear_cross_entropy: str = "torch"
     lora: str = "torch"
     nf4: str = "torch"
+    attention: str = "auto"
 
 
-OPERATIONS = tuple(spec.name for spec in fields(KernelChoice))
-
-
-def choose_kernels(request: Sequence[str], device: torch.device, compiled: bool) -> KernelChoice:
+def choose_kernels(
+    request: Sequence[str], device: torch.device, compiled: bool, attention: str = "auto"
+) -> KernelChoice:
     """The choice for a --kernels flag: "auto", "triton" or "torch", then any number of "operation=triton|torch".
+
+    attention: what `choose_attention` chose.
 
     Raises UserError for a word that is none of these, and where Triton is asked for and cannot run on `device`.
     """
@@ -61,7 +64,7 @@ def choose_kernels(request: Sequence[str], device: torch.device, compiled: bool)
         if value == "auto":
             wanted = device.type == "cuda" and (not compiled or operation in _BETTER_THAN_THE_COMPILER)
             chosen[operation] = "triton" if wanted and not reason else "torch"
-    return KernelChoice(**chosen)
+    return KernelChoice(**chosen, attention=attention)
 
 
 def describe_kernels(choice: KernelChoice, device: torch.device, compiled: bool) -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from kernels.choice import KernelChoice
+from kernels.choice import OPERATIONS, KernelChoice
 from kernels.jit import why_not_triton
 from kernels.rotary import rotary_tables
 from model import (
@@ -309,7 +309,7 @@ def test_a_compiled_forward_equals_eager():
     torch.testing.assert_close(compiled, model(ids, cu_seqlens=bounds), atol=1e-5, rtol=0)
 
 
-ALL_TRITON = KernelChoice(**dict.fromkeys(vars(KernelChoice()), "triton"))
+ALL_TRITON = KernelChoice(**dict.fromkeys(OPERATIONS, "triton"))
 
 
 def gradients_of(model, ids, bounds, half) -> dict[str, torch.Tensor]:

@@ -272,7 +272,9 @@ def test_training_on_triton_kernels_follows_training_on_plain_pytorch(train, tmp
     wanted, found = rows(tmp_path / "plain"), rows(tmp_path / "fused")
     assert max(abs(wanted[step] - found[step]) for step in wanted) < 1e-5
     table = json.loads((tmp_path / "fused" / "run.json").read_text())["kernels"]
-    assert table["rms_norm"] == table["rope"] == table["swiglu"] == "triton" and table["linear_cross_entropy"] == "torch"
+    assert (
+        table["rms_norm"] == table["rope"] == table["swiglu"] == "triton" and table["linear_cross_entropy"] == "torch"
+    )
     assert "Triton: rms_norm, rope, swiglu" in fused.stdout and "Triton:" not in plain.stdout
 
 
@@ -291,6 +293,7 @@ def test_wrong_options_are_one_sentence(train, tmp_path):
     fails(train(tmp_path, *SMALL, "--num_heads", "5", check=False), "--num_heads 5", "--hidden_size 32")
     fails(train(tmp_path, *SMALL, "--vocab_size", "999", check=False), "--vocab_size 999", "tokenizer")
     fails(train(tmp_path, *SMALL, "--kernels", "auto", "gelu=torch", check=False), "--kernels gelu=torch", "swiglu")
+    fails(train(tmp_path, *SMALL, "--attention", "varlen", "--device", "cpu", check=False), "varlen", "CUDA", "sdpa")
     fails(train(tmp_path, "--learning_rat", "1", check=False), "--learning_rat", "did you mean --learning_rate")
     fails(train(tmp_path, "--data_dir", tmp_path / "nowhere", check=False), "nowhere", "data_prep_tool.py")
     fails(train(tmp_path, *SMALL, "--max_length", "1000000", check=False), "--max_length")

@@ -19,6 +19,7 @@ from typing import Any
 
 from arguments import ArgumentParser, did_you_mean
 from errors import UserError
+from kernels.attention import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
 from training.optimizers import OPTIMIZERS
 from training.schedule import SCHEDULES
@@ -83,6 +84,7 @@ class TrainConfig:
     device: str = option("hardware", "auto, cpu, cuda or mps", "auto", ("auto", "cpu", "cuda", "mps"))
     mixed_precision: str = option("hardware", "bf16, fp16 (with a loss scaler), none, or auto: bf16 on a GPU that has it, fp16 on one that has not, none on a CPU", "auto", PRECISIONS)
     kernels: list[str] = option("hardware", "auto, triton or torch; then, for single ones, operation=triton or operation=torch (operations: " + ", ".join(OPERATIONS) + "). auto: Triton on a GPU, and with --compile_model only where it beats the compiler", ["auto"])
+    attention: str = option("hardware", "back end of attention: auto (a varlen kernel for packed documents on a GPU, else sdpa), sdpa, varlen, flash-attn, fa3, fa4 or flex", "auto", ATTENTION_BACKENDS)
     compile_model: bool = option("hardware", "torch.compile the model in place", False)
     peak_tflops: float | None = option("hardware", "peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None)
 

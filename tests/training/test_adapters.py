@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from errors import UserError
+from kernels.jit import why_not_triton
 from kernels.nf4 import dequantise_nf4, quantise_nf4
 from model import ModelConfig, Transformer
-from training.adapters import BLOCK_LINEARS, LoraLinear, add_adapters, store_after_steps
+from training.adapters import BLOCK_LINEARS, LoraLinear, add_adapters, join_projections, store_after_steps
 
 RANK, ALPHA = 4, 6.0
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -27,7 +28,10 @@ def an_adapted_model(path="torch", **settings) -> Transformer:
     for layer in lora_layers(model).values():
         for b in layer.lora_B.values():
             b.data = 0.05 * torch.randn(b.shape, generator=generator)
-        layer.take_path(path)
+        if path != "joint":
+            layer.take_path(path)
+    if path == "joint":
+        join_projections(model, "triton" if why_not_triton(torch.device("cpu")) is None else "torch")
     return model
 
 
@@ -52,7 +56,7 @@ def test_new_adapters_change_nothing(quantise):
     torch.testing.assert_close(adapted(IDS), plain(IDS), atol=0 if quantise is None else 1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("path", ["torch", "augmented"])
+@pytest.mark.parametrize("path", ["torch", "augmented", "joint"])
 def test_gradients_are_those_of_full_fine_tuning_by_the_chain_rule(path):
     """W + s B A in place of W: the same output, and dB = s dW Aᵀ, dA = s Bᵀ dW for that weight's gradient dW, to 1e-5."""
     adapted, merged = an_adapted_model(path), a_model()
@@ -84,7 +88,7 @@ def test_only_adapters_learn_and_they_are_fp32_over_bf16_weights():
 def test_every_way_of_computing_learns_the_same():
     """Five AdamW steps: the augmented buffer must follow B after each; losses to 1e-4."""
     curves = {}
-    for path in ("torch", "augmented"):
+    for path in ("torch", "augmented", "joint"):
         model = an_adapted_model(path)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         store_after_steps(model, [optimizer])
@@ -96,7 +100,20 @@ def test_every_way_of_computing_learns_the_same():
             optimizer.zero_grad()
             curves[path].append(value.item())
     assert abs(curves["torch"][0] - curves["torch"][4]) > 0.1 * curves["torch"][0]
-    torch.testing.assert_close(torch.tensor(curves["augmented"]), torch.tensor(curves["torch"]), atol=0, rtol=1e-4)
+    for path in ("augmented", "joint"):
+        torch.testing.assert_close(torch.tensor(curves[path]), torch.tensor(curves["torch"]), atol=0, rtol=1e-4)
+
+
+def test_joint_projections_keep_every_name_and_can_be_switched_off():
+    plain, joint = an_adapted_model(), an_adapted_model("joint")
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in joint.named_parameters()]
+    for (_, wanted), (_, found) in zip(plain.named_parameters(), joint.named_parameters(), strict=True):
+        assert torch.equal(found, wanted)
+    for layer in lora_layers(joint).values():
+        layer.active = ()
+    torch.testing.assert_close(joint(IDS), a_model()(IDS), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="dropout"):
+        join_projections(an_adapted_model(dropout=0.1), "torch")
 
 
 def test_two_adapters_add_up_and_can_be_left_out():
