@@ -8,6 +8,8 @@ whatever the frozen weights are in.
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,9 @@ from errors import UserError
 from kernels.lora_linear import Adapter, augmented_weight, choose_path, device_name, lora_linear, store_adapters
 from kernels.nf4 import NF4Weight, quantise_nf4
 from kernels.nf4_linear import nf4_linear
-from model import Transformer
+from kernels.norm_lora import norm_lora_linear
+from kernels.rms_norm import rms_norm
+from model import RMSNorm, Transformer
 
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUANTISATIONS = (None, "nf4")
@@ -76,6 +80,60 @@ class LoraLinear(nn.Module):
         return y
 
 
+class NormProjections(nn.Module):
+    """A norm, and behind it projections of the same input with their adapters, as one operation (kernels/norm_lora.py).
+
+    It stands in the norm's place, under its name and with its weight; the layers keep theirs, whose weights become rows of
+    the joint buffer.
+    """
+
+    def __init__(self, norm: RMSNorm, layers: Sequence[LoraLinear], implementation: str):
+        super().__init__()
+        self.weight, self.eps, self.implementation = norm.weight, norm.eps, implementation
+        self.layers = tuple(layers)  # not a ModuleList: each has its own name in the model
+        width = layers[0].shape[1]
+        self.augmented = augmented_weight(torch.cat([layer.weight for layer in layers]), self.adapters())
+        for layer, first, last in zip(layers, self._starts(), self._starts()[1:], strict=False):
+            layer.weight.data = self.augmented[first:last, :width]
+
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(layer.shape[0] for layer in self.layers)]
+
+    def adapters(self) -> list[Adapter]:
+        return [
+            replace(adapter, first_row=first)
+            for layer, first in zip(self.layers, self._starts(), strict=False)
+            for adapter in layer.adapters()
+        ]
+
+    def add(self, x: Tensor, update: Tensor | None, implementation: str) -> tuple[Tensor, Tensor]:
+        """(all projections of norm(x + update) side by side, x + update)."""
+        if adapters := self.adapters():
+            return norm_lora_linear(
+                x, self.weight, self.eps, self.augmented, adapters, update=update, implementation=self.implementation
+            )
+        s = x if update is None else x + update
+        normed = rms_norm(s, self.weight, self.eps, out_dtype=self.augmented.dtype, implementation=implementation)
+        return F.linear(normed, self.augmented[:, : x.shape[-1]]), s
+
+
+def join_projections(model: Transformer, implementation: str) -> None:
+    """In every block make q, k, v together with the norm before them, and gate and up with theirs.
+
+    For adapters on all of these, without dropout, over weights that are not quantised; ValueError otherwise.
+    """
+    for block in model.model["layers"]:
+        for part, norm, names in (
+            (block.self_attn, "input_layernorm", ("q_proj", "k_proj", "v_proj")),
+            (block.mlp, "post_attention_layernorm", ("gate_proj", "up_proj")),
+        ):
+            layers = [getattr(part, name) for name in names]
+            if any(not isinstance(layer, LoraLinear) or layer.quantised or layer.dropout for layer in layers):
+                raise ValueError(f"{', '.join(names)} cannot be joined: each needs adapters, without dropout or NF4")
+            setattr(block, norm, NormProjections(getattr(block, norm), layers, implementation))
+            part.joint_sizes = [layer.shape[0] for layer in layers]
+
+
 def add_adapters(
     model: Transformer,
     *,
@@ -115,12 +173,13 @@ def add_adapters(
 
 
 def store_after_steps(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """After each optimizer step, copy what B learned to where "augmented" layers multiply with it."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear) and module.augmented is not None]
+    """After each optimizer step, copy what B learned to where "augmented" and joint layers multiply with it."""
+    holders = [module for module in model.modules() if isinstance(module, (LoraLinear, NormProjections))]
 
     def store(*_) -> None:
-        for layer in layers:
-            store_adapters(layer.augmented, layer.adapters())
+        for holder in holders:
+            if holder.augmented is not None and (adapters := holder.adapters()):
+                store_adapters(holder.augmented, adapters)
 
     for optimizer in optimizers:
         optimizer.register_step_post_hook(store)
