@@ -71,8 +71,9 @@ def one_thread() -> dict[str, str]:
 
 
 def rows(save_dir: Path, key: str = "loss") -> dict[int, float]:
-    """{step: value} of metrics.jsonl; of two rows of a step the later counts."""
-    lines = (save_dir / "metrics.jsonl").read_text().splitlines()
+    """{step: value} of metrics.jsonl; of two rows of a step the later counts, and a line still being written not yet."""
+    text = (save_dir / "metrics.jsonl").read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
     return {row["step"]: row[key] for row in map(json.loads, lines) if key in row}
 
 

@@ -153,6 +153,7 @@ def add_adapters(
     for which the way of computing is taken from what was measured on this device (default: the plain one). UserError
     for a target or quantisation that is not known.
     """
+    joint = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}.issubset(targets) and not (quantise or dropout)
     if unknown := [target for target in targets if target not in BLOCK_LINEARS]:
         raise UserError(f"adapters: {unknown[0]} is not a layer of a block; choose from {', '.join(BLOCK_LINEARS)}")
     if quantise not in QUANTISATIONS:
@@ -169,7 +170,12 @@ def add_adapters(
         if child in targets:
             linear.add(name, _draw_a(seed, f"{path}.{name}", rank, linear), alpha / rank)
             if rows and not linear.quantised:
-                linear.take_path(_measured_path(linear, rows))
+                linear.take_path(_measured_path([linear], rows))
+    if rows and joint and model.kernels.lora == "triton":
+        attention, mlp = model.model["layers"][0].self_attn, model.model["layers"][0].mlp
+        stacks = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+        if all(_measured_path(stack, rows) == "augmented" for stack in stacks):
+            join_projections(model, "triton")
 
 
 def store_after_steps(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -185,10 +191,11 @@ def store_after_steps(model: nn.Module, optimizers: Iterable[torch.optim.Optimiz
         optimizer.register_step_post_hook(store)
 
 
-def _measured_path(linear: LoraLinear, rows: int) -> str:
-    device, (out_features, in_features) = linear.weight.device, linear.shape
-    total_rank = sum(len(linear.lora_A[name]) for name in linear.active)
-    return choose_path(device_name(device), linear.weight.dtype, rows, out_features, in_features, total_rank)
+def _measured_path(stack: Sequence[LoraLinear], rows: int) -> str:
+    """The way that was fastest for these layers as one stacked weight."""
+    weight, out_features = stack[0].weight, sum(layer.shape[0] for layer in stack)
+    total_rank = sum(len(layer.lora_A[name]) for layer in stack for name in layer.active)
+    return choose_path(device_name(weight.device), weight.dtype, rows, out_features, stack[0].shape[1], total_rank)
 
 
 def _draw_a(seed: int, name: str, rank: int, linear: LoraLinear) -> Tensor:

@@ -13,7 +13,7 @@ In five steps, each a pure function, so that a run's only state is the number of
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,11 @@ class MicroBatch:
     input_ids, targets, positions: (B, T) int64; targets are `IGNORE_INDEX` where nothing is learned.
     cu_seqlens: (num_docs + 1,) int32 over the flattened B·T tokens, padded by repeating its last entry, or None when
     every row is a single document. weight: how many targets are learned, the number that its summed loss is over.
+    num_tokens: tokens that are not padding, for the rate.
+
+    Packed sequences (packing.py) bring more: sequence_ids (B, T) int64, the number of each token's sequence, with the
+    number of sequences for padding; last_tokens (sequences,) int64, where each ends in the flattened B·T tokens;
+    token_columns {name: (B, T) float32}, figures of the targets; columns {name: (sequences,) float32}.
     """
 
     input_ids: Tensor
@@ -43,6 +48,11 @@ class MicroBatch:
     positions: Tensor
     cu_seqlens: Tensor | None
     weight: int
+    num_tokens: int
+    sequence_ids: Tensor | None = None
+    last_tokens: Tensor | None = None
+    token_columns: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`; to CUDA through pinned memory, so that the copy overlaps with computing."""
@@ -60,6 +70,10 @@ class MicroBatch:
             targets=move(self.targets),
             positions=move(self.positions),
             cu_seqlens=move(self.cu_seqlens),
+            sequence_ids=move(self.sequence_ids),
+            last_tokens=move(self.last_tokens),
+            token_columns={name: move(column) for name, column in self.token_columns.items()},
+            columns={name: move(column) for name, column in self.columns.items()},
         )
 
 
@@ -175,13 +189,18 @@ def make_micro_batch(rows: list[tuple[np.ndarray, np.ndarray]], length: int | No
         boundaries.append(np.concatenate([[0], inside]) + index * length)
     cu_seqlens = None
     if sum(map(len, boundaries)) > len(rows):
-        ends = np.concatenate([*boundaries, [len(rows) * length]])
-        padding = -len(ends) % _CU_SEQLENS_MULTIPLE
-        cu_seqlens = torch.from_numpy(np.pad(ends, (0, padding), mode="edge").astype(np.int32))
+        cu_seqlens = pad_boundaries([*np.concatenate(boundaries), len(rows) * length])
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(positions),
         cu_seqlens=cu_seqlens,
         weight=int((targets != IGNORE_INDEX).sum()),
+        num_tokens=sum(len(tokens) - 1 for tokens, _ in rows),
     )
+
+
+def pad_boundaries(boundaries: list[int]) -> Tensor:
+    """cu_seqlens int32 from where documents start and the last ends, padded so that few lengths occur."""
+    padding = -len(boundaries) % _CU_SEQLENS_MULTIPLE
+    return torch.from_numpy(np.pad(np.array(boundaries), (0, padding), mode="edge").astype(np.int32))

@@ -1,7 +1,16 @@
 """Where do the kernel tests run? Interpreted on the CPU; with `pytest -m gpu`, the same tests on the GPU."""
 
+import sys
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def _compiler_forgets():
+    """torch.compile counts how often it compiled a function anew, over all tests of a process, and gives up at eight."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

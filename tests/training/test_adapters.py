@@ -1,13 +1,24 @@
 """Do adapters learn what LoRA says, over whatever the frozen weights are kept in? Against full fine-tuning's gradients."""
 
+import json
+
 import pytest
 import torch
 
 from errors import UserError
+from kernels.choice import KernelChoice
 from kernels.jit import why_not_triton
+from kernels.lora_linear import device_name
 from kernels.nf4 import dequantise_nf4, quantise_nf4
 from model import ModelConfig, Transformer
-from training.adapters import BLOCK_LINEARS, LoraLinear, add_adapters, join_projections, store_after_steps
+from training.adapters import (
+    BLOCK_LINEARS,
+    LoraLinear,
+    NormProjections,
+    add_adapters,
+    join_projections,
+    store_after_steps,
+)
 
 RANK, ALPHA = 4, 6.0
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -149,3 +160,21 @@ def test_a_target_that_no_block_has_is_named():
         add_adapters(a_model(), targets=("lm_head",))
     with pytest.raises(UserError, match="int3"):
         add_adapters(a_model(), quantise="int3")
+
+
+@pytest.mark.skipif(why_not_triton(torch.device("cpu")) is not None, reason="triton is not installed")
+@pytest.mark.parametrize("fastest", ["torch", "augmented"])
+def test_layers_compute_in_the_way_that_was_measured_as_the_fastest(fastest, tmp_path, monkeypatch):
+    """A table that says so of shapes like these, on a device of this name; without the number of rows none is read."""
+    times = {"torch": 2.0, "augmented": 2.0, fastest: 1.0}
+    shape = {"rows": 24, "K": 64, "R": 8, "adapters": 1, "dtype": "float32", "device": device_name(torch.device("cpu"))}
+    table = [{**shape, "N": n, "microseconds": times} for n in (32, 128, 256)]
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    monkeypatch.setattr("kernels.lora_linear.MEASURED", tmp_path / "table.json")
+    model = a_model()
+    model.kernels = KernelChoice(lora="triton")
+    add_adapters(model, rank=RANK, alpha=ALPHA, rows=24)
+    blocks = model.model["layers"]
+    assert {block.self_attn.o_proj.path for block in blocks} == {fastest}
+    assert {isinstance(block.input_layernorm, NormProjections) for block in blocks} == {fastest == "augmented"}
+    torch.testing.assert_close(model(IDS), a_model()(IDS), atol=1e-5, rtol=0)
