@@ -264,7 +264,9 @@ def backend_rows(device: "torch.device", problems: list[Problem]) -> Rows:
     rows = [("precision", precision.reason)]
     rows += [(f"attention: {name}", state) for name, state in attention_backends(device).items()]
     rows.append(("attention: chosen", chosen_backend(device, precision.dtype)))
-    rows.append(("Triton kernels", why_not_triton(device) or f"available (triton {importlib.metadata.version('triton')})"))
+    rows.append(
+        ("Triton kernels", why_not_triton(device) or f"available (triton {importlib.metadata.version('triton')})")
+    )
     if lacking := what_compile_lacks(device):
         problems.append(Problem(f"--compile_model cannot work: {lacking[0]}", f"{lacking[1]}, or train without it"))
     rows.append(("torch.compile", lacking[0] if lacking else "available"))
