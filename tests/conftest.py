@@ -24,6 +24,13 @@ def pytest_configure(config):
         interpreter_bf16.patch()
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Bit-equality tests must not depend on how many cores the machine has."""
