@@ -4,16 +4,21 @@
 
 reads .txt, .md, .json and .jsonl files (also .gz) below my_text, trains a tokenizer on them and writes the folder that
 train.py takes as --data_dir. The output is the same, byte for byte, whatever --num_workers is. Killed or interrupted,
-the same command continues. What is in the folder: docs/data.md.
+the same command continues. What is in the folder: docs/data.md. With --format sft or preference it encodes examples to
+fine-tune on instead: see dataprep/example_shards.py.
 """
 
 from pathlib import Path
+from typing import Any
 
 from arguments import ArgumentParser
 from dataprep.pipeline import TOKENIZER_TYPES, Options, prepare
 from dataprep.progress import Progress
 from dataprep.train_tokenizer import PATTERNS, TIKTOKEN_PATTERNS
-from errors import run_script
+from errors import UserError, run_script
+
+OF_EXAMPLES = ("tokenizer_from", "rename_columns", "train_on", "chat_template")
+OF_BOTH = ("input_dir", "output_dir", "format", "overwrite", "max_length", "shard_tokens")
 
 
 def build_parser() -> ArgumentParser:
@@ -21,6 +26,13 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="data_prep_tool.py", description=__doc__)
     group = parser.add_argument_group("input and output")
     group.add_argument("--input_dir", type=Path, required=True, help="folder of text, read with all its subfolders")
+    group.add_argument(
+        "--format",
+        choices=("text", "sft", "preference"),
+        default="text",
+        help="text; or files of examples, as train.py's --train_data takes them: sft (chats, texts) or preference (pairs, "
+        "labelled answers), for which --input_dir may be one file",
+    )
     group.add_argument("--output_dir", type=Path, required=True, help="folder to write; train.py's --data_dir")
     group.add_argument(
         "--text_extensions", nargs="+", default=[], metavar="EXT", help="further files to read as plain text: .py .rst"
@@ -71,13 +83,58 @@ def build_parser() -> ArgumentParser:
     )
     group.add_argument("--shard_tokens", type=int, default=256_000_000, help="tokens of a shard, at most")
 
+    group = parser.add_argument_group("examples (--format sft and preference)")
+    group.add_argument(
+        "--tokenizer_from",
+        type=Path,
+        metavar="DIR",
+        help="the model to fine-tune: its tokenizer and chat template are used",
+    )
+    group.add_argument(
+        "--rename_columns",
+        nargs="+",
+        default=[],
+        metavar="COLUMN=MEANING",
+        help="for columns of other names: question=prompt",
+    )
+    group.add_argument(
+        "--train_on",
+        choices=("assistant", "last", "all"),
+        default="assistant",
+        help="tokens of a chat that are learned: every answer, the last answer, or all",
+    )
+    group.add_argument("--chat_template", help="chatml, llama3 or a Jinja file (default: the model's own, else chatml)")
+
     group = parser.add_argument_group("running")
     group.add_argument("--num_workers", type=int, default=4, help="processes that read and encode")
     return parser
 
 
+def refuse_flags_of_the_other_kind(parser: ArgumentParser, args: dict[str, Any]) -> None:
+    """UserError for a flag that --format makes meaningless, and for examples without --tokenizer_from."""
+    text = args["format"] == "text"
+    if not text and args["tokenizer_from"] is None:
+        raise UserError(
+            f"--tokenizer_from is missing: --format {args['format']} needs the model that is to be fine-tuned"
+        )
+    for name in args:
+        if name not in OF_BOTH and (name in OF_EXAMPLES) == text and args[name] != parser.get_default(name):
+            other = "--format sft and preference" if text else "--format text"
+            raise UserError(f"--{name} belongs to {other}, and --format is {args['format']}; leave it out")
+
+
 def main() -> None:
-    args = vars(build_parser().parse_args())
+    parser = build_parser()
+    args = vars(parser.parse_args())
+    refuse_flags_of_the_other_kind(parser, args)
+    if args["format"] != "text":
+        from dataprep.example_shards import ExampleOptions, prepare_examples  # here: torch takes seconds to import
+
+        args["rename_columns"] = tuple(args["rename_columns"])
+        prepare_examples(ExampleOptions(**{name: args[name] for name in ExampleOptions.__annotations__}), Progress())
+        return
+    for name in ("format", *OF_EXAMPLES):
+        del args[name]
     args["text_extensions"] = tuple(args["text_extensions"])
     progress = Progress()
     if args["vocab_size"] is None:

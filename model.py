@@ -445,12 +445,12 @@ def load_pretrained(
     Raises UserError naming the file and the tensor when something is missing, left over, of the wrong shape or broken.
     """
     folder = Path(folder)
-    config = ModelConfig.from_hf(_read_json(folder / "config.json"))
+    config = ModelConfig.from_hf(read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
     model.to(dtype).to_empty(device=device)  # cast first: never more than one copy in memory
     parameters = dict(model.named_parameters())
-    files = _weight_files(folder)
+    files = weight_files(folder)
     found = {name for held in files.values() for name in held}
     # tied, an lm_head is the embedding under a second name; transformers before 4.32 saved the rotary frequencies
     found -= {name for name in found if name.endswith("rotary_emb.inv_freq")}
@@ -460,7 +460,7 @@ def load_pretrained(
     if unexpected := found - parameters.keys():
         raise UserError(f"{folder}: {len(unexpected)} weights do not belong to the model, {min(unexpected)} first")
     for path, held in files.items():
-        with _open_safetensors(path) as tensors, torch.no_grad():
+        with open_safetensors(path) as tensors, torch.no_grad():
             for name in found.intersection(held):
                 weight, parameter = tensors.get_tensor(name), parameters[name]
                 if weight.shape != parameter.shape:
@@ -470,26 +470,26 @@ def load_pretrained(
     return model
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
+def weight_files(folder: Path) -> dict[Path, list[str]]:
     """Each weight file of the folder and the tensors to take from it."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        with _open_safetensors(single) as tensors:
+        with open_safetensors(single) as tensors:
             return {single: list(tensors.keys())}
     if not index.is_file():
         raise UserError(f"{folder}: there is no model.safetensors and no model.safetensors.index.json")
     files: dict[Path, list[str]] = {}
-    for name, file in _read_json(index).get("weight_map", {}).items():
+    for name, file in read_json(index).get("weight_map", {}).items():
         files.setdefault(folder / file, []).append(name)
     for path, held in files.items():
-        with _open_safetensors(path) as tensors:
+        with open_safetensors(path) as tensors:
             absent = set(held) - set(tensors.keys())
         if absent:
             raise UserError(f"{path}: {min(absent)} is missing, though {index.name} places it there")
     return files
 
 
-def _open_safetensors(path: Path):
+def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError:
@@ -498,7 +498,7 @@ def _open_safetensors(path: Path):
         raise UserError(f"{path}: the file is not a whole safetensors file ({error})") from None
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -4,39 +4,45 @@
   one device            python train.py --data_dir data --preset small
   all GPUs of a machine torchrun --standalone --nproc_per_node=gpu train.py --data_dir data --preset medium
   several machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
+  several stages        python train.py --config plan.toml, a file with [[stages]]: see training/stage_plan.py
   continue              the same command with --checkpoint latest
   watch                 python utils.py monitor --checkpoint_dir ./checkpoints
 
 The story, top to bottom: read the options, open the data, build the model, print the plan, loop, leave.
 """
 
+import argparse
 import dataclasses
+import gc
 import math
 import os
+import signal
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from arguments import ArgumentParser
-from dataprep.shards import Metadata, load_metadata, open_split
-from dataprep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError, run_script
 from kernels.attention import activate, choose_attention, describe_attention
-from kernels.choice import KernelChoice, choose_kernels, describe_kernels
-from model import ModelConfig, Transformer
-from stages.pretrain import Pretrain
+from kernels.choice import choose_kernels, describe_kernels
+from stages.build import Stage, StageData, build_stage, open_stage_data
+from stages.ppo import PPO
+from tools import merge
 from training import checkpoints
-from training.batches import MicroBatch, Windows, open_training_data
+from training.batches import MicroBatch
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, device_name, git_commit, versions
 from training.generation import stream_text
+from training.loading import build_model, checkpoint_parts, find_base, make_optimizers, read_shape
 from training.metrics import Clock, RunLog, TrainRow, memory_gb, peak_tflops
-from training.optimizers import build_optimizers
 from training.parallel import (
     Ranks,
     StopRequest,
@@ -50,7 +56,9 @@ from training.parallel import (
 from training.plan import RunPlan, format_plan, model_shape, plan_run
 from training.precision import LossScaler, Precision, choose_precision
 from training.run_files import read_history
+from training.save_folder import from_rank_0, read_json
 from training.schedule import learning_rate_factor
+from training.stage_plan import PlannedStage, check_plan, finished_checkpoint, read_plan
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
 MAX_FAILED_SAVES = 3
@@ -58,25 +66,47 @@ CHECK_INTERVAL = 10  # steps between looks at the device-side count of bad steps
 
 
 def main(argv: list[str] | None = None) -> int:
-    # ------------------------------------------------------------------------------------------------ options and ranks
     parser = ArgumentParser(description=__doc__)
     add_options(parser)
     given = vars(parser.parse_args(argv))
-    first_look, _ = resolve_config(given, validate=False)
-    if first_look.checkpoint is None:  # else the checkpoint may still give what is missing
+    stages = read_plan(given["config"]) if "config" in given else []
+    first_look, _ = resolve_config(stages[0].given(given) if stages else given, validate=False)
+    if stages:
+        check_plan(stages, given)
+    elif first_look.checkpoint is None:  # else the checkpoint may still give what is missing
         first_look.validate()
     ranks = start_ranks(first_look.device)
+    if stages:
+        exit_code = run_plan(stages, given, first_look, ranks)
+    else:
+        finished, stop = run_stage(given, ranks)
+        exit_code = 0 if finished else 128 + agreed_signal(stop, ranks)
+    stop_ranks(ranks, exit_code)
+    return exit_code
+
+
+def run_stage(
+    given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | None = None
+) -> tuple[bool, StopRequest]:
+    """Train as `given` says. Returns whether --max_steps is reached, and the signals that were received until then.
+
+    from_file: of a stage of a plan, the options in `given` that come from its file and not from the command line.
+    """
+    # ---------------------------------------------------------------------------------------------------------- options
+    first_look, _ = resolve_config(given, validate=False)
     checkpoints.write_probe(first_look.save_dir)
     lock = checkpoints.lock(first_look.save_dir)
     checkpoints.clean(first_look.save_dir)
     resumed_from, saved = find_checkpoint(first_look)
     config, origins = resolve_config(given, saved.get("options"))
+    origins |= dict.fromkeys(from_file or (), "config file")
     if config.batch_size < ranks.world_size:
         raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
     precision = choose_precision(config.mixed_precision, ranks.device)
-    attention = choose_attention(
-        config.attention, ranks.device, precision.dtype, head_dim=config.hidden_size // config.num_heads
-    )
+    base = find_base(config.init_from) if config.init_from else None
+    base_shape = read_shape(base) if base else None
+    head_dim = base_shape.head_dim if base_shape else config.hidden_size // config.num_heads
+    attention = choose_attention(config.attention, ranks.device, precision.dtype, head_dim=head_dim)
     activate(attention)
     kernels = choose_kernels(config.kernels, ranks.device, config.compile_model, attention)
     torch.manual_seed(config.seed)
@@ -84,30 +114,21 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
 
     # ------------------------------------------------------------------------------------------------------------- data
-    metadata = [load_metadata(folder) for folder in config.data_dir]
-    tokenizer = load_tokenizer(config.data_dir[0])
-    vocab_size = check_vocabulary(config, metadata, tokenizer)
-    max_length = config.max_length or metadata[0].max_length
-    if len(tokenizer.encode(config.sample_prompt)) >= max_length:
-        raise UserError(f"--sample_prompt leaves no room in rows of --max_length {max_length} tokens; shorten it")
-    stride = config.stride if config.stride is not None else (0 if config.max_length else metadata[0].stride)
-    data = open_training_data(
-        [open_split(folder, "train") for folder in config.data_dir], config.data_weights,
-        max_length=max_length, stride=stride, document_mask=config.document_mask, seed=config.seed,
-    )  # fmt: skip
-    validation = Windows(open_split(config.data_dir[0], "val"), max_length, 0, config.document_mask)
-    # what decides which tokens sample number t is; a resumed run must have the same
-    data_order = {
-        "fingerprints": [m.fingerprint for m in metadata], "weights": data.weights, "max_length": max_length,
-        "stride": stride, "document_mask": config.document_mask, "seed": config.seed,
-    }  # fmt: skip
-    check_data_order(saved.get("data_order", data_order), data_order, resumed_from)
+    data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings)
+    check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
+    if config.stage != "pretrain" and origins["max_steps"] == "default":
+        epochs = config.num_epochs or (3.0 if config.stage == "sft" else 1.0)
+        phases = math.ceil(epochs * data.num_samples / (config.batch_size * config.num_minibatches))
+        config = dataclasses.replace(config, max_steps=phases * config.steps_per_phase)
 
     # ------------------------------------------------------------------------------------------------ model, optimizers
-    model_config = model_shape(config, vocab_size, max_length, tokenizer.eos_token_id)
-    raw_model, optimizers = build_model(
-        config, model_config, kernels, vocab_size, ranks.device, precision, resumed_from
-    )
+    tokenizer = data.tokenizer
+    shape = base_shape or model_shape(config, tokenizer.vocab_size, data.max_length, tokenizer.eos_token_id)
+    raw_model = build_model(
+        config, shape, base, resumed_from, kernels=kernels, num_real_tokens=tokenizer.vocab_size, device=ranks.device,
+        precision=precision,
+    )  # fmt: skip
+    optimizers = make_optimizers(config, raw_model, resumed_from, precision)
     scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
     if resumed_from:
         scaler.load(saved["scaler"])
@@ -117,15 +138,15 @@ def main(argv: list[str] | None = None) -> int:
 
     # ------------------------------------------------------------------------------------------------------------- plan
     plan = plan_run(
-        config, model_config, max_length=max_length, world_size=ranks.world_size,
-        half_precision=precision.dtype != torch.float32, train_windows=sum(map(len, data.sources)),
+        config, shape, max_length=data.max_length, world_size=ranks.world_size,
+        half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
     )  # fmt: skip
     peak = config.peak_tflops or peak_tflops(ranks.device, precision.dtype)
-    described_attention = describe_attention(attention, ranks.device, precision.dtype, head_dim=model_config.head_dim)
+    described_attention = describe_attention(attention, ranks.device, precision.dtype, head_dim=shape.head_dim)
     start_step = saved.get("step", 0)
     log = RunLog(config.save_dir, is_main=ranks.is_main, max_steps=config.max_steps, start_step=start_step)
     log.say(
-        format_plan(plan, config, model_config, {
+        format_plan(plan, config, shape, {
             "precision": precision.reason,
             "kernels": describe_kernels(kernels, ranks.device, config.compile_model),
             "attention": described_attention,
@@ -133,16 +154,17 @@ def main(argv: list[str] | None = None) -> int:
             "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
         })
     )  # fmt: skip
+    for sentence in data.report:
+        log.say(sentence)
     table = {**dataclasses.asdict(kernels), "attention": described_attention}
-    log.start(describe_run(config, origins, plan, ranks, precision, data_order, table))
+    log.start(describe_run(config, origins, plan, ranks, precision, data.order, table))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
-    stage = Pretrain(
-        data=data, validation=validation, token_bytes=tokenizer.token_byte_lengths(), ranks=ranks, precision=precision,
-        batch_size=config.batch_size, micro_batch_size=plan.micro_batch_size, eval_tokens=config.eval_tokens,
-        z_loss=config.z_loss,
-    )  # fmt: skip
-    run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, tokenizer, data_order)
+    stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size)
+    run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
     run.step, run.samples = start_step, saved.get("samples_consumed", 0)
+    if isinstance(stage, PPO) and resumed_from:
+        stage.load_state(saved["stage"])
+    run.tokens = saved.get("tokens_consumed", run.samples * data.max_length)
 
     # ------------------------------------------------------------------------------------------------------------ train
     stop = StopRequest()
@@ -161,36 +183,80 @@ def main(argv: list[str] | None = None) -> int:
     # ------------------------------------------------------------------------------------------------------------ leave
     finished = run.step >= config.max_steps
     if run.step > start_step:
-        event, words = ("finish", "finished") if finished else ("stop", f"stopped by {stop.signal.name}")
-        log.event(run.step, event, f"{words} at step {run.step:,}; {next_command(config, finished)}")
+        received = agreed_signal(stop, ranks)
+        event, words = ("finish", "finished") if finished else ("stop", f"stopped by {received.name}")
+        advice = next_command(config, finished, in_plan=from_file is not None)
+        log.event(run.step, event, f"{words} at step {run.step:,}; {advice}")
     log.status("finished" if finished else "stopped", run.step)
     log.close()
     lock.close()
-    exit_code = 0 if finished else 128 + stop.signal
-    stop_ranks(ranks, exit_code)
-    return exit_code
+    return finished, stop
 
 
-def build_model(
-    config: TrainConfig, shape: ModelConfig, kernels: KernelChoice, vocab_size: int, device: torch.device,
-    precision: Precision, checkpoint: Path | None,
-) -> tuple[Transformer, list[torch.optim.Optimizer]]:  # fmt: skip
-    """The model and its optimizers, drawn from the seed or loaded from `checkpoint`."""
-    with torch.device("meta"):  # no memory is touched twice, however large the model
-        model = Transformer(shape, kernels)
-    model.to_empty(device=device)
-    if checkpoint:
-        checkpoints.load_model(checkpoint, model)
-    else:
-        model.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=vocab_size)
-    optimizers = build_optimizers(
-        model, name=config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-        beta1=config.beta1, beta2=config.beta2,
-        muon_dtype=torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32,
-    )  # fmt: skip
-    if checkpoint:
-        checkpoints.load_optimizers(checkpoint, model, optimizers)
-    return model, optimizers
+def run_plan(stages: list[PlannedStage], flags: dict[str, Any], shared: TrainConfig, ranks: Ranks) -> int:
+    """Run the stages one after another, each in its folder below --save_dir and from what came before; the exit code.
+
+    With --checkpoint latest the finished ones are left as they are. A signal stops the plan: the next stage is not begun.
+    """
+    root = Path(shared.save_dir)
+    resuming = shared.checkpoint == "latest" or was_restarted()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before: dict[str, Any] | None = None  # what the last stage that gave a language model was given
+    checkpoints.write_probe(root)
+    with checkpoints.lock(root):
+        for stage in stages:
+            given = stage.given(flags) | {"save_dir": str(root / stage.folder)}
+            follows = before is not None and "init_from" not in given
+            if follows:
+                given["init_from"] = str(language_model_of(before))
+            done = finished_checkpoint(given, follows) if resuming else None
+            if ranks.is_main:
+                print(f"{stage.title}: " + (f"finished already, {done}" if done else given["save_dir"]), flush=True)
+            if done is None:
+                finished, stop = run_stage(given, ranks, from_file=given.keys() - flags.keys())
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)  # while the next stage is set up, a signal ends the process
+                received = agreed_signal(stop, ranks)
+                if received and not (finished and stage is stages[-1]):
+                    return 128 + received
+                release_memory(ranks.device, compiled=given.get("compile_model", False))
+            if stage.gives_language_model:
+                before = given
+    return 0
+
+
+def release_memory(device: torch.device, compiled: bool) -> None:
+    """Give back what a finished stage leaves behind: models in cycles of references, and code compiled for them."""
+    gc.collect()
+    if compiled:
+        torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def language_model_of(given: dict[str, Any]) -> Path:
+    """What a finished stage leaves: its newest checkpoint, or, of adapters, what they make of their base, in merged/.
+
+    Every rank calls it; rank 0 merges. Raises UserError.
+    """
+    save_dir = Path(given["save_dir"])
+    checkpoint = checkpoints.resolve(save_dir, save_dir).path
+    if not (checkpoint / checkpoints.ADAPTER_CONFIG).exists():
+        return checkpoint
+    base, merged = find_base(given["init_from"]), save_dir / "merged"
+    checkpoints.clean(save_dir)  # of a merge that was cut short
+
+    def make() -> None:
+        if not merged.exists():
+            merge.main(argparse.Namespace(base=base, adapter=checkpoint, output=merged, dtype=None, merge_into="auto"))
+        elif (made_of := Path(read_json(merged / merge.RECORD)["adapter"]["folder"]).name) != checkpoint.name:
+            raise UserError(
+                f"{merged} was made of {made_of}, and {save_dir} has gone on to {checkpoint.name}: remove {merged} and the "
+                "folders of the stages that started from it, or run the plan in another --save_dir"
+            )
+
+    from_rank_0(make)
+    return merged
 
 
 def loop(run: "Run", stop: StopRequest) -> None:
@@ -204,7 +270,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
     first = next(batches)
     settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
     clock = Clock()
-    start_step = run.step
+    start_step, save_due = run.step, False
     for step, micro_batches in zip(
         range(start_step, config.max_steps), clock.timed(chain([first], batches)), strict=False
     ):
@@ -215,19 +281,25 @@ def loop(run: "Run", stop: StopRequest) -> None:
         )  # fmt: skip
         metrics, grad_norm, stopping = run.optimizer_step(micro_batches, lr_factor, stop.signal is not None)
         clock.steps += 1
+        clock.tokens += run.step_tokens
         done, last = step + 1, step + 1 == config.max_steps
+        # rollouts are drawn with the weights at the start of their phase, so only there can a run be gone on from exactly
+        save_due |= done % config.resolved_save_interval == 0
+        between_phases = done % config.steps_per_phase == 0
+        stopping &= between_phases
         log.live(done)
 
         to_log = done % config.log_interval == 0 or last or stopping
         if to_log:
             figures = reduce_metrics(metrics, run.ranks)  # waits for the device: the clock is right from here
-            log.train(train_row(run, figures["loss"], lr_factor, grad_norm, clock))
+            log.train(train_row(run, figures, lr_factor, grad_norm, clock))
             clock.restart()
         if to_log or done % CHECK_INTERVAL == 0:
             run.give_up_if_diverged(done)
         with clock.paused():
-            if last or stopping or done % config.resolved_save_interval == 0:
+            if last or stopping or (save_due and between_phases):
                 run.save(done)  # before evaluating: an evaluation that fails must not cost the steps before it
+                save_due = False
             if last or (config.eval_interval and done % config.eval_interval == 0 and not stopping):
                 run.evaluate(done, last)
         if stopping:
@@ -244,14 +316,15 @@ class Run:
     ranks: Ranks
     precision: Precision
     log: RunLog
-    stage: Pretrain
+    stage: Stage
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
     scaler: LossScaler
-    tokenizer: Tokenizer
-    data_order: dict
+    data: StageData
     step: int = 0
     samples: int = 0  # consumed so far: the run's position in the data
+    tokens: int = 0
+    step_tokens: int = 0  # of the last step, over all ranks
     failed_saves: int = 0
     best_loss: float | None = None
     bad_steps: Tensor = field(init=False)  # in a row, counted on the device
@@ -278,8 +351,8 @@ class Run:
         self, micro_batches: list[MicroBatch], lr_factor: float, stop_here: bool
     ) -> tuple[dict[str, tuple[Tensor, float]], Tensor, bool]:
         """One step on the global batch. Returns (metric sums of this rank, gradient norm, whether any rank wants to stop)."""
-        weight = float(sum(batch.weight for batch in micro_batches))
-        total_weight, stops = self.ranks.sum([weight, float(stop_here)])
+        weight, tokens = (float(sum(getattr(b, name) for b in micro_batches)) for name in ("weight", "num_tokens"))
+        total_weight, tokens, stops = self.ranks.sum([weight, tokens, float(stop_here)])
         metrics = self.backward(micro_batches, max(1.0, total_weight))
 
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -300,6 +373,8 @@ class Run:
         self.bad_steps = torch.where(finite, 0.0, self.bad_steps + 1)
         self.step += 1
         self.samples += self.config.batch_size
+        self.step_tokens = int(tokens)
+        self.tokens += self.step_tokens
         return metrics, grad_norm, stops > 0
 
     def give_up_if_diverged(self, step: int) -> None:
@@ -323,16 +398,20 @@ class Run:
         state = {
             "options": dataclasses.asdict(self.config),
             "samples_consumed": self.samples,
-            "data_order": self.data_order,
+            "tokens_consumed": self.tokens,
+            "data_order": self.data.order,
             "scaler": self.scaler.state(),
+            "stage": self.stage.state() if isinstance(self.stage, PPO) else {},
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        folder = Path(self.config.data_dir[0])
+        folder = self.data.tokenizer_folder
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+        files |= self.data.files
         result = checkpoints.save(
             self.config.save_dir, step, model=self.model, optimizers=self.optimizers, state=state, files=files,
             keep_checkpoints=self.config.keep_checkpoints,
+            **checkpoint_parts(self.config, self.model, self.data.tokenizer_folder if self.config.lora else None),
         )  # fmt: skip
         if result.ok:
             self.failed_saves = 0
@@ -348,18 +427,18 @@ class Run:
 
     def evaluate(self, step: int, last: bool) -> None:
         """Validation figures over all ranks, then, on the first, a sample of text and the plot of the run so far."""
-        if self.stage.validation.split.num_tokens > 1:
-            self.log.status("evaluating", step)
-            start = time.perf_counter()
-            figures = self.stage.evaluate(self.model, everything=last)
+        self.log.status("evaluating", step)
+        start = time.perf_counter()
+        if figures := self.stage.evaluate(self.model, everything=last):
             self.log.evaluation(step, time.perf_counter() - start, figures)
             self.mark_if_best(step, figures["val_loss"])
         if not self.ranks.is_main:
             return
         if self.config.sample_prompt:
             self.log.status("sampling", step)
+            inner = unwrap(self.model)
             text = stream_text(
-                unwrap(self.model), self.tokenizer, self.config.sample_prompt,
+                getattr(inner, "policy", inner), self.data.tokenizer, self.config.sample_prompt,
                 max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=self.config.seed,
             )  # fmt: skip
             self.log.sample(step, self.config.sample_prompt, "".join(text))
@@ -386,7 +465,7 @@ class Run:
 def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
     """(the checkpoint to resume from or None, its saved state). A worker that torchrun restarted resumes by itself."""
     which = config.checkpoint
-    if which is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if which is None and was_restarted():
         which = "latest"
     if which is None:
         if existing := checkpoints.list_checkpoints(config.save_dir):
@@ -413,20 +492,15 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
     return found.path, state
 
 
-def check_vocabulary(config: TrainConfig, metadata: list[Metadata], tokenizer: Tokenizer) -> int:
-    """The number of token ids. UserError where the flag, the tokenizer and the shards do not agree."""
-    for folder, data in zip(config.data_dir, metadata, strict=True):
-        if data.tokenizer.sha256 != tokenizer.sha256:
-            raise UserError(
-                f"the shards in {folder} were made with the tokenizer {data.tokenizer.sha256[:12]}, and "
-                f"{config.data_dir[0]}/tokenizer.json is {tokenizer.sha256[:12]}; prepare the data with one tokenizer"
-            )
-    if config.vocab_size not in (None, tokenizer.vocab_size):
-        raise UserError(
-            f"--vocab_size {config.vocab_size} is not the tokenizer's in {config.data_dir[0]}, which has "
-            f"{tokenizer.vocab_size}; leave --vocab_size out to use the tokenizer's"
-        )
-    return tokenizer.vocab_size
+def was_restarted() -> bool:
+    """Whether torchrun has started this worker again after a crash."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def agreed_signal(stop: StopRequest, ranks: Ranks) -> signal.Signals | None:
+    """The signal that a rank was sent, the same one on all of them; None without one. Every rank calls it."""
+    received = ranks.sum([float(stop.signal or 0) * (rank == ranks.rank) for rank in range(ranks.world_size)])
+    return signal.Signals(int(max(received))) if any(received) else None
 
 
 def check_data_order(saved: dict, now: dict, checkpoint: Path | None) -> None:
@@ -444,17 +518,19 @@ def reduce_metrics(metrics: dict[str, tuple[Tensor, float]], ranks: Ranks) -> di
     """{metric: mean over all ranks} from each rank's (sum, weight)."""
     flat = [float(part) for name in sorted(metrics) for part in metrics[name]]
     total = ranks.sum(flat)
-    return {name: total[2 * i] / max(1.0, total[2 * i + 1]) for i, name in enumerate(sorted(metrics))}
+    sums = {name: (total[2 * i], total[2 * i + 1]) for i, name in enumerate(sorted(metrics))}
+    # a figure that no example of the step has, such as that of rejected answers, is left out; the loss is always there
+    return {name: value / max(1.0, weight) for name, (value, weight) in sums.items() if weight or name == "loss"}
 
 
-def train_row(run: Run, loss: float, lr_factor: float, grad_norm: Tensor, clock: Clock) -> TrainRow:
+def train_row(run: Run, figures: dict[str, float], lr_factor: float, grad_norm: Tensor, clock: Clock) -> TrainRow:
     plan, seconds = run.plan, clock.seconds_per_step()
-    rate = plan.tokens_per_step / seconds
+    rate = clock.tokens / max(1, clock.steps) / seconds
     used, reserved = memory_gb(run.ranks.device)
     useful = rate / plan.world_size * plan.flops_per_token  # FLOP/s of one device
     return TrainRow(
         step=run.step,
-        loss=loss,
+        loss=figures["loss"],
         lr=run.config.learning_rate * lr_factor,
         grad_norm=grad_norm.item(),
         tok_s=rate,
@@ -462,18 +538,25 @@ def train_row(run: Run, loss: float, lr_factor: float, grad_norm: Tensor, clock:
         mfu=useful / (run.peak_tflops * 1e12) if run.peak_tflops else None,
         dt=seconds,
         data_wait=clock.data_wait(),
-        tokens=run.samples * (plan.tokens_per_step // run.config.batch_size),
-        epoch=run.stage.data.epoch(run.samples),
+        tokens=run.tokens,
+        epoch=run.stage.epoch(run.samples),
+        figures={name: value for name, value in figures.items() if name != "loss"},
         scaler=run.scaler.scale.item() if run.scaler.enabled else None,
         mem_gb=used,
         mem_reserved_gb=reserved,
     )
 
 
-def next_command(config: TrainConfig, finished: bool) -> str:
+def next_command(config: TrainConfig, finished: bool, in_plan: bool) -> str:
     if finished:
         prompt = config.sample_prompt.strip() or "Hello"
-        return f"try: python utils.py generate --checkpoint {config.save_dir} --prompt {prompt!r}"
+        if config.stage == "pretrain":
+            return f"try: python utils.py generate --checkpoint {config.save_dir} --prompt {prompt!r}"
+        if config.stage == "reward":
+            return f"give it to --stage ppo or grpo as --reward_model {config.save_dir}"
+        return f"try: python utils.py chat --checkpoint {config.save_dir}"
+    if in_plan:
+        return "go on with the same command and --checkpoint latest"
     return f"go on with: python train.py --save_dir {config.save_dir} --checkpoint latest"
 
 

@@ -15,6 +15,9 @@ COMMANDS = {
     "plan": "parameters, memory, tokens and time of a run, before it is started",
     "monitor": "watch one run or many in the terminal",
     "generate": "continue a text with a trained model",
+    "chat": "talk with a trained model in the terminal",
+    "merge": "make an adapter part of its base model",
+    "quantise": "write a model in 4 bits, for QLoRA and for bitsandbytes",
     "verify": "check every byte of a dataset or of checkpoints",
     "demo": "from a folder of text to a trained model, in one command",
 }

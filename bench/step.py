@@ -238,7 +238,7 @@ def measure(task: str, size: str, way: str, layers: int | None) -> dict:
     batch = random_batch(shape, 0 if task == "pretrain" else shape.length // 2).to(device)
     options = TrainConfig(batch_size=shape.rows)
     scaler = LossScaler(device, enabled=False)
-    run = Run(options, None, None, ranks, precision, None, stage, model, optimizers, scaler, None, {})
+    run = Run(options, None, None, ranks, precision, None, stage, model, optimizers, scaler, None)
     row = time_steps(lambda: run.optimizer_step([batch], 1.0, False)[0]["loss"], device)
     row["loss"] /= batch.weight
     row["tokens_s"] = shape.rows * shape.length / row["step_ms"] * 1000

@@ -342,6 +342,12 @@ def verify_dataset(data_dir: str | Path) -> list[str]:
             problems.append(f"{data_dir / 'tokenizer.json'} is not the tokenizer that {METADATA_FILE} names")
     except UserError as error:
         problems.append(str(error))
+    for name, info in metadata.options.get("further_files", {}).items():  # of examples: masks, labels
+        path, expected = data_dir / DATASET_FOLDER / name, FileInfo(**info)
+        problem = _size_problem(path, expected)
+        if problem is None and checksum_file(path) != expected:
+            problem = f"{path}: the checksum differs from {METADATA_FILE}; the file is damaged"
+        problems += [problem] if problem else []
     for name, split in metadata.splits.items():
         for shard in split.shards:
             problems += _verify_shard(data_dir / DATASET_FOLDER, shard, metadata)
@@ -376,7 +382,9 @@ def _verify_shard(folder: Path, shard: ShardInfo, metadata: Metadata) -> list[st
         or len(opened.tokens) != shard.tokens
     ):
         return [f"{stem}.idx does not match {shard.name}.bin"]
-    if np.any(opened.tokens[ends - 1] != metadata.tokenizer.eos_token_id):
+    # an answer may end in a token of the chat template's own, and one that was cut off ends anywhere
+    text = "further_files" not in metadata.options
+    if text and np.any(opened.tokens[ends - 1] != metadata.tokenizer.eos_token_id):
         problems.append(f"{stem}.bin: a document does not end in {metadata.tokenizer.eos_token}")
     blocks = (opened.tokens[at : at + _READ_BYTES] for at in range(0, len(opened.tokens), _READ_BYTES))
     bad = _bad_id(blocks, metadata.tokenizer.vocab_size)

@@ -43,6 +43,10 @@ class Pretrain:
             )
             first_sample += self.batch_size
 
+    def epoch(self, first_sample: int) -> float:
+        """How many times the first source has been seen after that many samples, as a fraction."""
+        return self.data.epoch(first_sample)
+
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
         """(summed loss in nats to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight."""
         hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
@@ -61,8 +65,11 @@ class Pretrain:
         """Validation loss (nats per token) and bits per byte over all ranks, on the first `eval_tokens` of the split.
 
         Bits per byte counts the loss of every target, end-of-text tokens too, over the bytes of the same targets. With
-        `everything`, and a split larger than eval_tokens, the figures of the whole split are added under `_all`.
+        `everything`, and a split larger than eval_tokens, the figures of the whole split are added under `_all`. {} for
+        an empty split.
         """
+        if self.validation.split.num_tokens < 2:
+            return {}
         figures = self._evaluate(model, self.eval_tokens)
         if everything and 0 < self.eval_tokens < self.validation.split.num_tokens - 1:
             figures |= {f"{name}_all": value for name, value in self._evaluate(model, 0).items()}

@@ -16,9 +16,10 @@ import torch
 from arguments import ArgumentParser
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
-from model import Transformer, load_pretrained
+from model import Transformer
 from training.checkpoints import list_checkpoints, resolve
 from training.generation import stream_text
+from training.loading import load_for_use
 from training.parallel import choose_device
 from training.precision import choose_precision
 
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     folder = find_model(args.checkpoint)
     device = choose_device(args.device)
     tokenizer = load_tokenizer(folder)
-    model = load_pretrained(folder, device, choose_precision("auto", device).dtype)
+    model = load_for_use(folder, None, device=device, dtype=choose_precision("auto", device).dtype)
     check_model(folder, model, tokenizer)
 
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_samples)]

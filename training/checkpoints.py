@@ -16,7 +16,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from errors import UserError
 from training.parallel import unwrap
 from training.safetensors_writer import safetensors_chunks, write_file
 from training.save_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     CONFIG,
     FORMAT,
     MANIFEST,
@@ -76,7 +78,11 @@ __all__ = [
 ]
 
 MAX_SHARD_BYTES = 5_000_000_000  # where Hugging Face tools split
-_RESERVED = {CONFIG, "generation_config.json", WEIGHTS, WEIGHTS_INDEX, OPTIMIZER, TRAINER_STATE, MANIFEST}
+Files = dict[str, Iterable[bytes | memoryview]]  # by name, each as its bytes piece by piece
+_RESERVED = {
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, "generation_config.json", WEIGHTS, WEIGHTS_INDEX, OPTIMIZER, TRAINER_STATE,
+    MANIFEST,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,9 @@ def save(
     files: dict[str, bytes],
     keep_checkpoints: int | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    part: nn.Module | None = None,
+    adapter: Files | None = None,
+    beside: Files | None = None,
 ) -> SaveResult:
     """Publish `save_dir/checkpoint_step_{step}`. Every rank calls it; rank 0 writes; every rank gets the same result.
 
@@ -117,12 +126,16 @@ def save(
     further files by name, such as the tokenizer's. The newest `keep_checkpoints` whole checkpoints are kept (0 or None:
     all), and always the one just written and the one `best` points to.
 
+    part: the module in `model` that config.json and the weights are of (default: all of it). adapter: files of a PEFT
+    folder, which are written in place of these, whose weights are frozen and lie elsewhere. beside: further large files,
+    such as a critic's weights.
+
     A storage error (no space, quota, folder gone) never raises: the result says why, and nothing is left behind.
     A whole checkpoint of this step with the same weights and optimizer state stays as it is, and the result is ok; any
     other one of this step gives way. Raises ValueError for a `state` or `files` that cannot be written.
     """
     save_dir = Path(save_dir)
-    weights = model_tensors(model)
+    weights = model_tensors(part or model) if adapter is None else {}
     optimizer_state = optimizer_tensors(model, optimizers)
     if unfit := [name for name in files if not is_plain_name(name) or name in _RESERVED]:
         raise ValueError(f"{unfit[0]!r} cannot be a further file of a checkpoint")
@@ -130,13 +143,13 @@ def save(
     added = {"format": FORMAT, "step": step, "world_size": len(rng), "rng": rng}
     if taken := added.keys() & state.keys():
         raise ValueError(f"state may not hold {sorted(taken)}: save adds them")
-    config = unwrap(model).config.to_hf()
-    small_files = {
-        CONFIG: _json_bytes(config),
-        "generation_config.json": _json_bytes(_generation_config(config)),
-        TRAINER_STATE: _json_bytes({**state, **added}),
-        **files,
-    }
+    config = unwrap(part or model).config.to_hf()
+    if adapter is None:
+        described = {CONFIG: config, "generation_config.json": _generation_config(config)}
+    else:
+        described = {}
+    described[TRAINER_STATE] = {**state, **added}
+    small_files = {**{name: _json_bytes(content) for name, content in described.items()}, **files}
 
     def write() -> SaveResult:
         temporary = temporary_path(save_dir, f"step_{step}")
@@ -149,7 +162,10 @@ def save(
             temporary.mkdir()
             for name, data in small_files.items():
                 put(name, [data])
-            _put_weights(put, weights, max_shard_bytes)
+            if adapter is None:
+                _put_weights(put, weights, max_shard_bytes)
+            for name, chunks in {**(adapter or {}), **(beside or {})}.items():
+                put(name, chunks)
             metadata = {"format": "pt", "optimizers": _optimizer_names(optimizers)}
             put(OPTIMIZER, safetensors_chunks(optimizer_state, metadata))
             write_file(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "step": step, "files": entries})])

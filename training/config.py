@@ -3,8 +3,8 @@
 Every option is one field of `TrainConfig`, with its default, its help and its group; the flags of train.py, the keys of
 a `--config` file and the options saved with a run are all made from these fields.
 
-A value comes from, in rising precedence: the default, the checkpoint that is resumed, the preset, the config file, the
-command line. `origins` records which, and run.json keeps it.
+A value comes from, in rising precedence: the default, the stage's default, the checkpoint that is resumed, the preset,
+the config file, the command line. `origins` records which, and run.json keeps it.
 """
 
 import argparse
@@ -32,7 +32,18 @@ PRESETS: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1536, "num_layers": 24, "num_heads": 12},
     "xl": {"hidden_size": 2048, "num_layers": 32, "num_heads": 16},
 }
+_FINE_TUNING = {
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+    "batch_size": 16,
+    "sample_prompt": "",
+    "eval_interval": 100,
+    "log_interval": 10,
+}
+_LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "grpo": 1e-6, "ppo": 1e-6}
 _NOT_RESUMED = ("checkpoint", "save_dir", "device")  # where a run goes on is said anew
+STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")
 PRECISIONS = ("auto", "bf16", "fp16", "none")
 
 
@@ -49,11 +60,56 @@ class TrainConfig:
     """Every option of a run. None means: worked out from the other options, the data or the machine (see the help)."""
 
     # fmt: off
-    data_dir: list[str] = option("data", "folder(s) written by data_prep_tool.py; several are mixed by --data_weights, and validation reads the first", [])
+    stage: str = option("stage", "what is learned: pretrain (the next token of text), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers)", "pretrain", STAGES)
+    init_from: str | None = option("stage", "model to start from: a Hugging Face folder, or a run or checkpoint of groundup; its tokenizer and shape are taken", None)
+
+    data_dir: list[str] = option("data", "folder(s) written by data_prep_tool.py; several are mixed by --data_weights, and validation reads the first. Fine-tuning takes one, of --format sft or preference, in place of --train_data", [])
     data_weights: list[float] = option("data", "share of the samples drawn from each --data_dir (default: by their number of tokens)", [])
     max_length: int | None = option("data", "tokens in a row (default: what the data was prepared with)", None)
     stride: int | None = option("data", "overlap of neighbouring rows in tokens (default: what the data was prepared with; 0 when --max_length is given)", None)
     document_mask: bool = option("data", "documents packed into one row do not see each other", True)
+
+    train_data: list[str] = option("examples", "files of examples for every stage but pretrain: .json, .jsonl, .csv, .tsv, .parquet, also .gz; what their columns mean is detected and printed", [])
+    eval_data: list[str] = option("examples", "files of held-out examples (default: --eval_fraction of --train_data)", [])
+    eval_fraction: float = option("examples", "share of --train_data held out where there is no --eval_data; 0 holds none out", 0.02)
+    rename_columns: list[str] = option("examples", "column=meaning, for columns of other names: question=prompt answer=completion", [])
+    train_on: str = option("examples", "tokens that are learned in sft: assistant (every answer), last (the last answer) or all", "assistant", ("assistant", "last", "all"))
+    chat_template: str | None = option("examples", "chatml, llama3 or a Jinja file (default: the model's own, else chatml)", None)
+    neftune_alpha: float = option("examples", "sft: noise on the embeddings of alpha / sqrt(length * width); 5 is usual, 0 is none", 0.0)
+
+    lora: bool = option("adapters", "freeze the model and train low-rank adapters beside its linear layers", False)
+    lora_r: int = option("adapters", "rank", 16)
+    lora_alpha: float = option("adapters", "what B A is multiplied with, over the rank", 32.0)
+    lora_dropout: float = option("adapters", "dropout of the adapters' input", 0.0)
+    lora_target_modules: list[str] = option("adapters", "layers that get one: names such as q_proj v_proj, or all-linear", ["all-linear"])
+    rslora: bool = option("adapters", "divide --lora_alpha by the rank's square root instead", False)
+    dora: bool = option("adapters", "learn each output's magnitude apart from its direction", False)
+    load_in_4bit: bool = option("adapters", "keep the frozen linear layers in NF4 (QLoRA)", False)
+
+    dpo_loss: str = option("preference", "sigmoid, ipo, hinge, simpo, orpo or kto", "sigmoid", ("sigmoid", "ipo", "hinge", "simpo", "orpo", "kto"))
+    dpo_beta: float = option("preference", "how much a log-probability ratio counts against the reference; orpo: the weight of its odds ratio", 0.1)
+    label_smoothing: float = option("preference", "sigmoid: probability that a pair is the wrong way round (conservative DPO)", 0.0)
+    simpo_gamma: float = option("preference", "simpo: the margin that chosen must win by", 0.5)
+    center_rewards: float = option("preference", "reward: weight of (chosen + rejected)^2, which keeps scores around zero", 0.01)
+
+    reward_function: list[str] = option("reinforcement", "what answers are worth: exact_answer, numeric_answer, format=REGEX, regex=REGEX, length=TOKENS, or package.module:function of your own; several are added", [])
+    reward_weights: list[float] = option("reinforcement", "of each --reward_function, then of --reward_model (default: 1 each)", [])
+    reward_model: str | None = option("reinforcement", "folder of a model trained with --stage reward that judges answers", None)
+    reward_timeout: float = option("reinforcement", "seconds that one call of a reward function may take", 60.0)
+    max_new_tokens: int = option("reinforcement", "longest answer", 256)
+    temperature: float = option("reinforcement", "of drawing answers; nothing else is cut from the distribution", 1.0)
+    rollout_batch_size: int = option("reinforcement", "answers drawn at a time on a rank", 64)
+    num_minibatches: int = option("reinforcement", "optimizer steps that share one round of answers, each on --batch_size prompts", 1)
+    rollout_epochs: int | None = option("reinforcement", "passes over each round of answers (default: 4 for ppo, 1 for grpo)", None)
+    group_size: int = option("reinforcement", "grpo: answers to each prompt", 8)
+    grpo_loss: str = option("reinforcement", "grpo, dr_grpo, dapo, gspo or cispo", "grpo", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
+    clip_low: float | None = option("reinforcement", "how far the probability ratio may go below 1 (default: each loss's own)", None)
+    clip_high: float | None = option("reinforcement", "how far it may go above 1 (default: each loss's own; ppo clips at 0.2 both ways)", None)
+    mask_truncated: bool = option("reinforcement", "grpo: nothing is learned from answers that did not end", False)
+    kl_coefficient: float | None = option("reinforcement", "weight of the KL to the reference (default: 0.05 for ppo, 0 for grpo)", None)
+    kl_target: float | None = option("reinforcement", "ppo: adapt the weight to this KL an answer, in nats", None)
+    missing_eos_penalty: float = option("reinforcement", "ppo: taken from the score of an answer that did not end", 0.0)
+    eval_samples: int = option("reinforcement", "held-out prompts answered at each evaluation; 0 takes all", 64)
 
     preset: str | None = option("model", "sets --hidden_size, --num_layers and --num_heads: " + ", ".join(f"{name} {size['hidden_size']}x{size['num_layers']}" for name, size in PRESETS.items()), None, tuple(PRESETS))
     vocab_size: int | None = option("model", "must be the tokenizer's, which it defaults to; the weights are padded to a multiple of 128", None)
@@ -68,14 +124,15 @@ class TrainConfig:
 
     batch_size: int = option("optimization", "sequences a step, over all ranks and micro-batches", 32)
     micro_batch_size: int | None = option("optimization", "sequences a forward pass on one rank; the rest is accumulated (default: a rank's whole share of the batch)", None)
-    max_steps: int = option("optimization", "optimizer steps of the run", 100_000)
-    learning_rate: float = option("optimization", "peak learning rate; one value serves AdamW and Muon", 3e-4)
+    max_steps: int = option("optimization", "optimizer steps of the run (fine-tuning: from --num_epochs where it is not given)", 100_000)
+    num_epochs: float | None = option("optimization", "fine-tuning: passes over --train_data (default: 3 for sft, 1 otherwise)", None)
+    learning_rate: float = option("optimization", "peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4)
     warmup_steps: int | None = option("optimization", "steps of linear warm-up (default: 2000, or a tenth of --max_steps where that is less)", None)
     schedule: str = option("optimization", "after the warm-up: cosine, linear, or wsd (constant, then linear over the last --decay_fraction)", "wsd", SCHEDULES)
     decay_fraction: float = option("optimization", "share of the run over which wsd decays", 0.5)
     min_lr_fraction: float = option("optimization", "the last step's learning rate as a fraction of the peak", 0.0)
-    optimizer: str = option("optimization", "muon (matrices of the blocks; AdamW for the rest) or adamw", "muon", OPTIMIZERS)
-    weight_decay: float = option("optimization", "decoupled decay on matrices; norms and embeddings have none", 0.1)
+    optimizer: str = option("optimization", "muon (matrices of the blocks; AdamW for the rest) or adamw, which fine-tuning takes", "muon", OPTIMIZERS)
+    weight_decay: float = option("optimization", "decoupled decay on matrices; norms and embeddings have none; 0 in fine-tuning", 0.1)
     beta1: float = option("optimization", "AdamW: decay of the first moment", 0.9)
     beta2: float = option("optimization", "AdamW: decay of the second moment", 0.95)
     grad_clip: float = option("optimization", "largest global gradient norm; 0 does not clip", 1.0)
@@ -118,8 +175,7 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must lie in [0, 1), and is {getattr(self, name)}")
-        if data_needed and not self.data_dir:
-            raise UserError("--data_dir is missing: name a folder written by data_prep_tool.py")
+        self._validate_stage(data_needed)
         if self.data_weights and len(self.data_weights) != len(self.data_dir):
             raise UserError(
                 f"--data_weights has {len(self.data_weights)} values for {len(self.data_dir)} folders in --data_dir; "
@@ -155,6 +211,60 @@ class TrainConfig:
     @property
     def resolved_warmup_steps(self) -> int:
         return min(2000, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    def _validate_stage(self, data_needed: bool) -> None:
+        if self.stage == "pretrain":
+            if data_needed and not self.data_dir:
+                raise UserError("--data_dir is missing: name a folder written by data_prep_tool.py")
+            if self.train_data:
+                raise UserError("--train_data is for fine-tuning: add --stage sft, reward or dpo, or give --data_dir")
+        else:
+            if self.init_from is None:
+                raise UserError(f"--init_from is missing: --stage {self.stage} starts from a model")
+            if self.data_dir and self.stage in ("grpo", "ppo"):
+                raise UserError(f"--data_dir is not for --stage {self.stage}, which reads --train_data")
+            if self.data_dir and self.train_data:
+                raise UserError("--data_dir and --train_data both give examples: leave one of them out")
+            if not self.data_dir and not self.train_data:
+                raise UserError(f"--train_data is missing: name files of examples for --stage {self.stage}")
+        if self.stage in ("grpo", "ppo"):
+            judges = len(self.reward_function) + (self.reward_model is not None)
+            if not judges:
+                raise UserError(
+                    f"--stage {self.stage} needs --reward_function or --reward_model: what an answer is worth"
+                )
+            if self.reward_weights and len(self.reward_weights) != judges:
+                raise UserError(f"--reward_weights has {len(self.reward_weights)} values for {judges} rewards")
+            for name in ("max_new_tokens", "temperature", "rollout_batch_size", "num_minibatches", "reward_timeout"):
+                if not getattr(self, name) > 0:
+                    raise UserError(f"--{name} must be positive, and is {getattr(self, name)}")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError(f"--eval_fraction must lie in [0, 1), and is {self.eval_fraction}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must lie in [0, 1), and is {self.lora_dropout}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label_smoothing must lie in [0, 0.5), and is {self.label_smoothing}")
+        for name in ("lora_r", "lora_alpha", "dpo_beta"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be positive, and is {getattr(self, name)}")
+        if (self.load_in_4bit or self.dora or self.rslora) and not self.lora:
+            raise UserError("--load_in_4bit, --dora and --rslora are ways of training adapters: add --lora")
+        if self.stage == "reward" and self.sample_prompt:
+            raise UserError("--sample_prompt cannot be used with --stage reward: the model gives scores, not text")
+        if self.lora and self.init_from is None:
+            raise UserError("--lora needs a model to adapt: name it with --init_from")
+        for pair in self.rename_columns:
+            if not all(pair.partition("=")):
+                raise UserError(f"--rename_columns {pair}: write column=meaning, such as question=prompt")
+
+    @property
+    def resolved_rollout_epochs(self) -> int:
+        return self.rollout_epochs or (4 if self.stage == "ppo" else 1)
+
+    @property
+    def steps_per_phase(self) -> int:
+        """Optimizer steps that share one round of rollouts; a checkpoint is written where one ends."""
+        return self.num_minibatches * self.resolved_rollout_epochs if self.stage in ("grpo", "ppo") else 1
 
     @property
     def resolved_save_interval(self) -> int:
@@ -207,7 +317,9 @@ def resolve_config(
     given = dict(given)
     config_file = given.pop("config", None)
     from_file = read_config_file(config_file) if config_file else {}
+    chosen = {**(saved or {}), **from_file, **given}
     layers = [
+        ("stage", _stage_defaults(chosen.get("stage", "pretrain"), chosen.get("lora", False))),
         ("checkpoint", {name: value for name, value in (saved or {}).items() if name not in _NOT_RESUMED}),
         ("preset", PRESETS.get(from_file.get("preset"), {})),
         ("config file", from_file),
@@ -225,6 +337,13 @@ def resolve_config(
     if validate:
         config.validate()
     return config, origins
+
+
+def _stage_defaults(stage: str, lora: bool) -> dict[str, Any]:
+    """What fine-tuning starts from instead of the defaults, which are pretraining's."""
+    if stage not in _LEARNING_RATES:
+        return {}
+    return _FINE_TUNING | {"learning_rate": _LEARNING_RATES[stage] * (10 if lora else 1)}
 
 
 def read_config_file(path: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class TrainRow:
     scaler: float | None
     mem_gb: float
     mem_reserved_gb: float | None
+    figures: dict[str, float] = field(default_factory=dict)  # what else the stage reports
 
 
 class RunLog:
@@ -84,11 +85,13 @@ class RunLog:
     def train(self, row: TrainRow) -> None:
         """One log line: to metrics.jsonl and to the terminal."""
         self._eta = row.dt * (self._max_steps - row.step)
-        self._append(row.__dict__)
+        columns = dict(row.__dict__)
+        self._append(columns | columns.pop("figures"))
+        more = "".join(f"{name} {value:.3f}  " for name, value in row.figures.items())
         mfu = "mfu n/a" if row.mfu is None else f"mfu {row.mfu:.1%}"
         skipped = "" if math.isfinite(row.loss) else "  not finite: step skipped"
         self.say(
-            f"step {row.step:,}/{self._max_steps:,}  loss {row.loss:.4f}  lr {row.lr:.2e}  grad_norm {row.grad_norm:.3f}  "
+            f"step {row.step:,}/{self._max_steps:,}  loss {row.loss:.4f}  {more}lr {row.lr:.2e}  grad_norm {row.grad_norm:.3f}  "
             f"{row.tok_s:,.0f} tok/s  {mfu}  mem {row.mem_gb:.1f} GB  eta {duration(self._eta)}{skipped}"
         )
 
@@ -187,7 +190,8 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        self.steps, self._start, self._out, self._data = 0, time.perf_counter(), 0.0, 0.0
+        self.steps, self.tokens = 0, 0
+        self._start, self._out, self._data = time.perf_counter(), 0.0, 0.0
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches, the wait for each counted as waiting for data."""

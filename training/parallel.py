@@ -98,9 +98,11 @@ def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool) -> nn.
         model.compile()
     if ranks.world_size == 1:
         return model
-    # gradients live in DDP's buckets, which saves a copy of them
+    # gradients live in DDP's buckets, which saves a copy of them; buffers (4-bit weights) never change
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

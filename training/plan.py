@@ -12,6 +12,7 @@ from training.config import TrainConfig
 GIB = 2**30
 VOCAB_MULTIPLE = 128  # rows of the embedding and head: whole tiles for the matrix units
 _ADAMW_STATE_BYTES = 8  # two fp32 moments a parameter
+_NF4_BYTES = 4.127 / 8  # a weight: 4 bits, and its share of two levels of absmax (kernels/nf4.py)
 _MUON_STATE_BYTES = 4  # one fp32 momentum a parameter
 _LOSS_CHUNKS = 2  # the logits of a chunk, turned into their gradient in place, and its 16-bit copy or work space
 
@@ -105,6 +106,8 @@ def _memory(
     kept = 5 * model.hidden_size + 3 * query + 3 * key_value + 4 * model.intermediate_size
     matrices = parameters.total - parameters.embedding * (1 if model.tie_word_embeddings else 2)
     state = parameters.total * _ADAMW_STATE_BYTES
+    if config.lora:
+        return _adapter_memory(config, model, parameters, tokens * model.num_hidden_layers * kept * width, width, chunk)
     if config.optimizer == "muon":
         state = matrices * _MUON_STATE_BYTES + (parameters.total - matrices) * _ADAMW_STATE_BYTES
     memory = {
@@ -118,6 +121,35 @@ def _memory(
     if half:
         memory["16-bit copies of the weights"] = 2.0 * parameters.total
     return memory
+
+
+def _adapter_memory(
+    config: TrainConfig, model: ModelConfig, parameters: ParameterCount, activations: int, width: int, chunk: int
+) -> dict[str, float]:
+    """The parts where adapters learn beside frozen weights, which are in the compute dtype or, in the blocks, NF4."""
+    frozen = parameters.total * float(width)
+    if config.load_in_4bit:
+        head = parameters.embedding * (1 if model.tie_word_embeddings else 2)
+        frozen = head * float(width) + (parameters.total - head) * _NF4_BYTES
+    adapters = count_adapter_parameters(config, model)
+    return {
+        "weights (frozen)": frozen,
+        "adapters, gradients and optimizer state (fp32)": adapters * (8.0 + _ADAMW_STATE_BYTES),
+        "activations": float(activations),
+        "loss (one chunk of logits)": float(chunk * _LOSS_CHUNKS),
+    }
+
+
+def count_adapter_parameters(config: TrainConfig, model: ModelConfig) -> int:
+    """rank · (inputs + outputs) of every layer that gets an adapter."""
+    query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    hidden, mlp = model.hidden_size, model.intermediate_size
+    sizes = {
+        "q_proj": hidden + query, "k_proj": hidden + key_value, "v_proj": hidden + key_value, "o_proj": query + hidden,
+        "gate_proj": hidden + mlp, "up_proj": hidden + mlp, "down_proj": mlp + hidden,
+    }  # fmt: skip
+    targets = sizes if config.lora_target_modules == ["all-linear"] else config.lora_target_modules
+    return config.lora_r * model.num_hidden_layers * sum(sizes[name] for name in targets if name in sizes)
 
 
 def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: dict[str, str]) -> str:

@@ -29,6 +29,7 @@ from training.safetensors_writer import file_crc32, write_file
 
 FORMAT = 1
 MANIFEST, CONFIG, TRAINER_STATE = "manifest.json", "config.json", "trainer_state.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 WEIGHTS, WEIGHTS_INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
 
 # What reading a JSON file that anybody may have written can raise, from a missing key to nesting without end.
@@ -206,7 +207,10 @@ def verify_checkpoint(path: str | os.PathLike, deep: bool = True) -> str | None:
         return f"{MANIFEST}: format {version!r} is unknown"
     if version > FORMAT:
         return f"written by a newer version of groundup (format {version}; this one reads up to {FORMAT})"
-    for required in (CONFIG, WEIGHTS_INDEX if WEIGHTS_INDEX in entries else WEIGHTS, OPTIMIZER, TRAINER_STATE):
+    model = CONFIG, WEIGHTS_INDEX if WEIGHTS_INDEX in entries else WEIGHTS
+    if ADAPTER_CONFIG in entries:
+        model = ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    for required in (*model, OPTIMIZER, TRAINER_STATE):
         if required not in entries:
             return f"{MANIFEST}: does not list {required}"
     for name, (size, crc) in entries.items():

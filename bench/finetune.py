@@ -1,0 +1,433 @@
+"""What do LoRA and QLoRA fine-tuning cost here, and with transformers and peft, on the same model and the same examples?
+
+    python bench/finetune.py                                      a small random Llama and made-up examples
+    python bench/finetune.py --model DIR --data answers.jsonl     a Hugging Face folder and examples of your own
+
+Every way takes the step of train.py's own loop (train.Run) with the same optimizer, in a process of its own. They share
+the folder, the examples of each step, the adapters' first values, the precision, and one loss a step: the sum over all
+targets over their number. Frozen weights are fp32 on a CPU and bf16 on a GPU, or NF4 with double quantisation (qlora);
+adapters are fp32, of rank 16, on every linear layer of the blocks. Nobody recomputes activations.
+
+    ours           the examples of a step packed into rows of --max_length, attention within each; "ours + compile" with
+                   torch.compile (left out on a CPU, where the compiler takes longer than the steps, unless asked for)
+    peft           the same examples --micro_batch_size at a time, padded to the longest of them: transformers' default
+    peft packed    the tokens of our rows, one behind the other, from whose positions transformers makes the mask
+
+tokens/s are of the examples' own tokens, without padding, over all steps but the first two. Memory is the largest: on a
+GPU what tensors take, on a CPU the whole process (VmHWM), libraries included; while the model is loaded, and in the steps.
+`loss` is that of the last step, which all ways of a task should share. Rows go to bench/results/DEVICE/finetune.json; a
+later call measures what is missing there, everything with --again.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from arguments import ArgumentParser  # noqa: E402
+from bench.measure import device_slug, environment, first_line, read_results, synchronize, write_results  # noqa: E402
+from bench.step import ALPHA, LINEAR_LAYERS, RANK, Skipped, llama  # noqa: E402
+from dataprep.chat_template import load_chat_template  # noqa: E402
+from dataprep.encoding_examples import encode_example  # noqa: E402
+from dataprep.examples import read_examples  # noqa: E402
+from dataprep.tokenizers import load_tokenizer  # noqa: E402
+from errors import UserError, run_script  # noqa: E402
+from kernels.attention import activate, choose_attention  # noqa: E402
+from kernels.choice import choose_kernels  # noqa: E402
+from model import Transformer  # noqa: E402
+from stages.sft import SFT  # noqa: E402
+from train import Run  # noqa: E402
+from training.adapter_files import adapter_state, load_base  # noqa: E402
+from training.adapters import add_adapters, store_after_steps  # noqa: E402
+from training.batches import IGNORE_INDEX, MicroBatch  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+from training.examples_data import ExampleData, ExampleFeed  # noqa: E402
+from training.loading import read_shape  # noqa: E402
+from training.optimizers import build_optimizers  # noqa: E402
+from training.packing import Sequence  # noqa: E402
+from training.parallel import Ranks, prepare_model  # noqa: E402
+from training.precision import LossScaler, Precision, choose_precision  # noqa: E402
+
+TASKS = ("lora", "qlora")
+OWN = ("ours", "ours + compile")
+WAYS = (*OWN, "peft", "peft packed")
+UNTIMED = 2  # the first steps
+LEARNING_RATE = 2e-4
+SMALL = llama(256, 704, 6, 4, 2, 8192)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all ways share. model, data: None for those that are made here."""
+
+    model: str | None
+    data: str | None
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    max_length: int
+    mixed_precision: str
+
+    @property
+    def name(self) -> str:
+        """What the results are filed under: figures of other settings are not compared."""
+        model = Path(self.model).resolve().name if self.model else "random"
+        data = Path(self.data).name if self.data else "made-up examples"
+        return (
+            f"{model}, {data}, {self.batch_size} x {self.max_length} in micro-batches of {self.micro_batch_size}, "
+            f"precision {self.mixed_precision}, {self.steps} steps"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- model and examples
+
+
+def write_random_model(folder: Path) -> None:
+    """A Hugging Face folder with a Llama of 7M parameters, the same ones each time."""
+    model = Transformer(SMALL)
+    model.init_weights(seed=0, zero_residual=False)
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(SMALL.to_hf()), encoding="utf-8")
+
+
+def sequences_of(settings: Settings, folder: Path, vocabulary: int) -> list[Sequence]:
+    """The examples of all steps, in their order."""
+    count = settings.steps * settings.batch_size
+    if settings.data is None:
+        return made_up(count, settings.max_length, vocabulary)
+    tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
+    found: list[Sequence] = []
+    for example in read_examples([settings.data]).examples:
+        found += encode_example(tokenizer, template, example, max_length=settings.max_length).sequences
+        if len(found) >= count:
+            return found[:count]
+    if not found:
+        raise UserError(f"--data {settings.data} holds no example to learn from")
+    return [found[number % len(found)] for number in range(count)]
+
+
+def made_up(count: int, max_length: int, vocabulary: int) -> list[Sequence]:
+    """Sequences as long as instructions are: log-normal around 160 tokens, the last two thirds learned; few tokens
+    are frequent and most rare, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(160), 0.7, count).astype(int), 8, max_length)
+    return [
+        Sequence((rng.random(length) ** 3 * vocabulary).astype(np.int64), np.arange(length) >= length // 3)
+        for length in lengths
+    ]
+
+
+def in_order(sequences: list[Sequence]) -> "InOrder":
+    return InOrder([[sequence] for sequence in sequences], seed=0)
+
+
+class InOrder(ExampleData):
+    """Examples one after another as they are, so that every way has the same ones in each step."""
+
+    def numbers(self, first: int, count: int) -> list[int]:
+        return list(range(first, first + count))
+
+
+def padded(sequences: list[Sequence], micro_batch_size: int) -> list[MicroBatch]:
+    """As transformers' collator for causal models lays them out: that many rows at a time, padded to the longest."""
+    batches = []
+    for first in range(0, len(sequences), micro_batch_size):
+        rows = sequences[first : first + micro_batch_size]
+        shape = len(rows), max(len(row.tokens) for row in rows)
+        ids, targets, numbers = (np.full(shape, fill, np.int64) for fill in (0, IGNORE_INDEX, len(rows)))
+        for index, row in enumerate(rows):
+            size = len(row.tokens)
+            ids[index, :size], numbers[index, :size] = row.tokens, index
+            targets[index, : size - 1] = np.where(row.learned[1:], row.tokens[1:], IGNORE_INDEX)
+        batches.append(
+            MicroBatch(
+                input_ids=torch.from_numpy(ids),
+                targets=torch.from_numpy(targets),
+                positions=torch.arange(shape[1]).expand(shape),
+                cu_seqlens=None,
+                weight=int((targets != IGNORE_INDEX).sum()),
+                num_tokens=sum(len(row.tokens) for row in rows),
+                sequence_ids=torch.from_numpy(numbers),
+            )
+        )
+    return batches
+
+
+def in_one_row(batch: MicroBatch) -> MicroBatch:
+    """The rows of a packed micro-batch one behind the other; where a document begins, its positions do."""
+    flat = {name: getattr(batch, name).reshape(1, -1) for name in ("input_ids", "targets", "positions")}
+    return replace(batch, **flat)
+
+
+# ------------------------------------------------------------------------------------------------------------ the ways
+
+
+@torch.no_grad()
+def draw_adapters(adapters: dict[str, Tensor]) -> None:
+    """The same A for the same layer in every library, and B zero; the names are PEFT's."""
+    for name, tensor in adapters.items():
+        if name.endswith("lora_B.weight"):
+            tensor.zero_()
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        tensor.copy_(torch.empty(tensor.shape).uniform_(-1, 1, generator=generator) / tensor.shape[1] ** 0.5)
+
+
+def own_model(task: str, folder: Path, device: torch.device, precision: Precision, compiled: bool) -> nn.Module:
+    """As train.py builds it with --lora, and --load_in_4bit for qlora."""
+    shape = read_shape(folder)
+    attention = choose_attention("auto", device, precision.dtype, head_dim=shape.head_dim)
+    activate(attention)
+    kernels = choose_kernels(["auto"], device, compiled, attention)
+    quantise = "nf4" if task == "qlora" else None
+    model = load_base(folder, dtype=precision.dtype, quantise=quantise, device=device)
+    model.kernels = kernels
+    add_adapters(model, rank=RANK, alpha=ALPHA)
+    draw_adapters(adapter_state(model))
+    return prepare_model(model, Ranks(0, 1, device), compile_model=compiled)
+
+
+def peer_model(task: str, folder: Path, device: torch.device, precision: Precision) -> nn.Module:
+    """transformers' model of the folder, in 4 bits by bitsandbytes for qlora, with peft's adapters on it."""
+    try:
+        import peft
+        import transformers
+
+        if task == "qlora":
+            import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise Skipped(first_line(error)) from error
+    settings = {"dtype": precision.dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
+    if task == "qlora":
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=precision.dtype,
+        )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **settings)
+    model.config.use_cache = False
+    adapters = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, adapters)  # adapters in fp32, whatever the frozen weights are in
+    named = {name.replace(".default", ""): tensor for name, tensor in model.named_parameters() if ".lora_" in name}
+    draw_adapters(named)
+    return model.train()
+
+
+class PeerStage:
+    """The loss of a transformers model, summed as the loop wants it."""
+
+    def __init__(self, packed: bool) -> None:
+        self.packed = packed
+
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+        # transformers moves the labels by one token itself; a mean over one item is a sum
+        labels = torch.cat([torch.full_like(batch.targets[:, :1], IGNORE_INDEX), batch.targets[:, :-1]], 1)
+        if self.packed:
+            layout = {"position_ids": batch.positions}
+        else:
+            layout = {"attention_mask": (batch.sequence_ids < len(batch.sequence_ids)).long()}
+        total = model(input_ids=batch.input_ids, labels=labels, num_items_in_batch=1, **layout).loss
+        return total, {"loss": (total.detach(), batch.weight)}
+
+
+# ------------------------------------------------------------------------------------------------------------- one way
+
+
+def measure(task: str, way: str, settings: Settings, folder: Path) -> dict:
+    """The row of one way, in this process. folder: of the model."""
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # as train.py
+    torch.manual_seed(0)
+    precision = choose_precision(settings.mixed_precision, device)
+    ranks = Ranks(0, 1, device)
+    data = in_order(sequences_of(settings, folder, read_shape(folder).vocab_size))
+    feed = ExampleFeed(
+        data, None, ranks, precision, settings.batch_size, settings.micro_batch_size, settings.max_length, eval_tokens=0
+    )
+    reset_peak(device)
+    try:
+        if way in OWN:
+            model = own_model(task, folder, device, precision, way.endswith("compile"))
+        else:
+            model = peer_model(task, folder, device, precision)
+    except Skipped as reason:
+        return {"skipped": str(reason)}
+    optimizers = build_optimizers(model, name="adamw", learning_rate=LEARNING_RATE, weight_decay=0.0)
+    store_after_steps(model, optimizers)
+    stage = SFT(feed) if way in OWN else PeerStage(packed=way.endswith("packed"))
+
+    def batches(step: int) -> list[MicroBatch]:
+        groups = feed.groups(step * settings.batch_size)
+        if way == "peft":
+            return padded([sequence for (sequence,) in groups], settings.micro_batch_size)
+        packed = feed.pack(groups)
+        return packed if way in OWN else [in_one_row(batch) for batch in packed]
+
+    options = TrainConfig(batch_size=settings.batch_size)
+    scaler = LossScaler(device, enabled=precision.dtype == torch.float16)
+    run = Run(options, None, None, ranks, precision, None, stage, model, optimizers, scaler, None)
+    loading = peak_gib(device)
+    gc.collect()
+    reset_peak(device)
+    row = time_steps(lambda micro_batches: run.optimizer_step(micro_batches, 1.0, False)[0]["loss"], batches, settings)
+    return row | {"loading_peak_gib": loading, "peak_gib": peak_gib(device)}
+
+
+def time_steps(
+    step: Callable[[list[MicroBatch]], tuple[Tensor, float]],
+    batches: Callable[[int], list[MicroBatch]],
+    settings: Settings,
+) -> dict:
+    """{tokens_s, step_ms, first_step_s, first_loss, loss, padding}. step: micro-batches -> (summed loss, targets)."""
+    laid_out = [batches(number) for number in range(settings.steps)]
+    losses, seconds = [], []
+    for micro_batches in laid_out:
+        start = time.perf_counter()
+        total, weight = step(micro_batches)
+        losses.append(float(total) / weight)  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    tokens, places = (
+        [sum(count(batch) for batch in micro_batches) for micro_batches in laid_out]
+        for count in (lambda batch: batch.num_tokens, lambda batch: batch.input_ids.numel())
+    )
+    timed = sum(seconds[UNTIMED:])
+    return {
+        "tokens_s": sum(tokens[UNTIMED:]) / timed,
+        "step_ms": 1000 * timed / (settings.steps - UNTIMED),
+        "first_step_s": seconds[0],
+        "tokens": sum(tokens),
+        "padding": 1 - sum(tokens) / sum(places),
+        "first_loss": losses[0],
+        "loss": losses[-1],
+    }
+
+
+def reset_peak(device: torch.device) -> None:
+    """From here on `peak_gib` starts anew, where that is possible: not on a CPU outside of Linux."""
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """The most memory since `reset_peak`: of tensors on a GPU, of the whole process on a CPU; None outside of Linux."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform != "linux":
+        return None
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+# ------------------------------------------------------------------------------------------------------------ all ways
+
+
+def in_own_process(task: str, way: str, settings: Settings, folder: Path) -> dict:
+    command = [sys.executable, __file__, "--one", task, way, str(folder), json.dumps(asdict(settings))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"failed": lines[-1][:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def describe(row: dict) -> str:
+    if reason := row.get("failed") or row.get("skipped"):
+        return f"{'failed' if 'failed' in row else 'left out'}: {reason}"
+    memory = ", ".join(
+        f"{row[name]:.2f} GiB {words}"
+        for name, words in (("peak_gib", "in the steps"), ("loading_peak_gib", "while loading"))
+        if row.get(name) is not None
+    )
+    return (
+        f"{row['tokens_s']:,.0f} tokens/s, {row['step_ms']:,.0f} ms a step, {memory or 'memory unknown'}, "
+        f"{row['padding']:.0%} padding, loss {row['first_loss']:.5f} -> {row['loss']:.5f}"
+    )
+
+
+def ratios(rows: dict[str, dict]) -> list[str]:
+    """A sentence for each pair of one of ours and a peer that were both measured."""
+    measured = {way: row for way, row in rows.items() if "tokens_s" in row}
+    sentences = []
+    for own in (way for way in WAYS if way in OWN and way in measured):
+        for peer in (way for way in WAYS if way not in OWN and way in measured):
+            ours, theirs = measured[own], measured[peer]
+            sentence = f"{own} / {peer}: {ours['tokens_s'] / theirs['tokens_s']:.2f} times the tokens/s"
+            if ours.get("peak_gib") and theirs.get("peak_gib"):
+                sentence += f", {ours['peak_gib'] / theirs['peak_gib']:.2f} times the memory of the steps"
+            sentences.append(f"{sentence}, last loss {ours['loss'] - theirs['loss']:+.1e}")
+    return sentences
+
+
+def processor() -> str | None:
+    """The CPU's name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="bench/finetune.py", description=__doc__)
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="a Hugging Face folder of a Llama or Qwen3 (default: a random one of 7M)")
+    add("--data", metavar="FILE", help="examples of chats, in the model's template (default: made up)")
+    add("--task", nargs="+", choices=TASKS, default=list(TASKS), help=", ".join(TASKS))
+    add("--ways", nargs="+", choices=WAYS, help=", ".join(WAYS))
+    add("--steps", type=int, default=10, help="optimizer steps; the clock starts after two")
+    add("--batch_size", type=int, default=16, help="examples a step")
+    add("--micro_batch_size", type=int, default=4, help="rows of a forward pass")
+    add("--max_length", type=int, default=512, help="tokens of a row; longer examples are cut")
+    add("--mixed_precision", choices=("auto", "bf16", "fp16", "none"), default="auto", help="as in train.py")
+    add("--again", action="store_true", help="measure anew what the results have already")
+    add("--out", type=Path, help="folder of finetune.json (default: bench/results/DEVICE)")
+    add("--one", nargs=4, metavar=("TASK", "WAY", "DIR", "SETTINGS"), help="measure in this process, print JSON")
+    args = parser.parse_args(argv)
+    if args.one:
+        task, way, folder, settings = args.one
+        print(json.dumps(measure(task, way, Settings(**json.loads(settings)), Path(folder))))
+        return 0
+    if args.steps <= UNTIMED:
+        raise UserError(f"--steps {args.steps}: more than {UNTIMED}, because the first {UNTIMED} are not timed")
+    if args.data and not args.model:
+        raise UserError("--data needs --model, whose tokenizer makes tokens of it")
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    ways = args.ways or [way for way in WAYS if device.type == "cuda" or way != "ours + compile"]
+    path = (args.out or ROOT / "bench" / "results" / device_slug(device)) / "finetune.json"
+    results = read_results(path)
+    results["environment"] = environment(device) | {"processor": processor()}
+    print(f"{settings.name}; {results['environment']['processor']}, {device_slug(device)}")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(settings.model or made)
+        if settings.model is None:
+            write_random_model(folder)
+        for task in args.task:
+            rows = results.setdefault("runs", {}).setdefault(settings.name, {}).setdefault(task, {})
+            for way in ways:
+                if "tokens_s" not in rows.get(way, {}) or args.again:
+                    rows[way] = in_own_process(task, way, settings, folder)
+                    write_results(path, results, digits=6)  # losses are compared between ways
+                print(f"{task} {way}: {describe(rows[way])}", flush=True)
+            print("".join(f"{task} {sentence}\n" for sentence in ratios(rows)), end="", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,127 @@
+"""How does an example become the sequences that a stage learns from, and what happens to one that is too long?
+
+    chat         one sequence. Cut at max_length, its start kept; dropped if no token to learn is left
+    text         one sequence, all of it learned. Cut likewise
+    labelled     one sequence with the column "label" (1.0 or 0.0), its answer learned. Cut likewise
+    preference   [chosen, rejected], which begin with the same prompt ids. Dropped if these fill max_length; else the answers
+                 are cut, their starts kept
+    prompt       the prompt that the template asks an answer to, nothing learned. Dropped if it fills max_length
+
+An end-of-text token is appended once, and learned, unless the template ends answers with a special token of its own.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+
+from dataprep.chat_template import ChatTemplate, RefusedMessagesError, encode_messages, end_of_turn_id
+from dataprep.examples import Example, Message
+from dataprep.tokenizers import Tokenizer
+from training.packing import Sequence
+
+_LEARNED, _PLAIN = "\x1b[32m", "\x1b[0m"  # green
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """sequences: of one example, none if it was dropped; dropped: why, in words fit for counting, else "".
+
+    truncated: whether tokens were cut off.
+    """
+
+    sequences: list[Sequence]
+    dropped: str = ""
+    truncated: bool = False
+
+
+def encode_example(
+    tokenizer: Tokenizer, template: ChatTemplate, example: Example, *, max_length: int, train_on: str = "assistant"
+) -> Encoded:
+    """The sequences of an example, each of at most max_length tokens, or why there are none (see the file's docstring).
+
+    train_on is for chats, see `encode_messages`. An example whose messages the template refuses, or whose messages have
+    trained=False throughout, is dropped. UserError where the template does not tell what is an answer.
+    """
+    try:
+        if example.kind == "preference":
+            return _encode_preference(tokenizer, template, example, max_length)
+        if example.kind == "prompt":
+            tokens, learned = encode_messages(
+                tokenizer, template, example.prompt, tools=example.tools, add_generation_prompt=True
+            )
+            if len(tokens) >= max_length:
+                return Encoded([], f"the prompt fills max_length {max_length}")
+            return Encoded([Sequence(tokens, learned)])
+        if example.kind == "text":
+            tokens = np.array([*tokenizer.encode(example.text), tokenizer.eos_token_id], dtype=np.int64)
+            return _cut(tokens, np.ones(len(tokens), dtype=bool), max_length)
+        if example.kind == "labelled":
+            train_on = "assistant"
+        if train_on != "all" and not any(_is_target(message) for message in example.messages):
+            return Encoded([], "every assistant's message has weight 0")
+        tokens, learned = _encode_dialogue(tokenizer, template, example.messages, example.tools, train_on)
+        columns = {"label": float(example.label)} if example.kind == "labelled" else {}
+        return _cut(tokens, learned, max_length, columns)
+    except RefusedMessagesError as refusal:
+        return Encoded([], str(refusal))
+
+
+def show_example(tokenizer: Tokenizer, sequence: Sequence, *, color: bool) -> str:
+    """The text of a sequence with its trained tokens in green, or without colour between [[ and ]]."""
+    learned = sequence.learned.copy()
+    learned[:1] = False  # nothing precedes the first
+    before, after = (_LEARNED, _PLAIN) if color else ("[[", "]]")
+    runs = np.flatnonzero(np.diff(learned)) + 1
+    shown = []
+    for ids, run in zip(np.split(sequence.tokens, runs), np.split(learned, runs), strict=True):
+        # control characters of the data, such as an escape, must not reach a terminal
+        text = "".join(
+            c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in tokenizer.decode(ids, skip_special=False)
+        )
+        shown.append(before + text + after if run.any() else text)
+    return "".join(shown)
+
+
+def _is_target(message: Message) -> bool:
+    return message.role == "assistant" and message.trained
+
+
+def _encode_preference(tokenizer: Tokenizer, template: ChatTemplate, example: Example, max_length: int) -> Encoded:
+    prompt, _ = encode_messages(tokenizer, template, example.prompt, tools=example.tools, add_generation_prompt=True)
+    if len(prompt) >= max_length:
+        return Encoded([], f"the prompt fills max_length {max_length}")
+    pair, truncated = [], False
+    before = [Message(m.role, m.content, m.extra, trained=False) for m in example.prompt]
+    for answer in (example.chosen, example.rejected):
+        if not any(map(_is_target, answer)):
+            return Encoded([], "every assistant's message has weight 0")
+        tokens, learned = _encode_dialogue(tokenizer, template, [*before, *answer], example.tools, "assistant")
+        if not np.array_equal(tokens[: len(prompt)], prompt):
+            return Encoded(
+                [], f"the chat template {template.name} writes the prompt otherwise with an answer behind it"
+            )
+        encoded = _cut(tokens, learned, max_length)
+        if encoded.dropped:
+            return encoded
+        pair += encoded.sequences
+        truncated |= encoded.truncated
+    return Encoded(pair, truncated=truncated)
+
+
+def _encode_dialogue(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: SequenceOf[Message], tools: list | None, train_on: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_messages` with an end-of-text token behind the last answer, learned if that is, where no other ends it."""
+    tokens, learned = encode_messages(tokenizer, template, messages, train_on=train_on, tools=tools)
+    if messages[-1].role != "assistant" or end_of_turn_id(tokenizer, template) is not None:
+        return tokens, learned
+    learn = train_on == "all" or messages[-1].trained
+    return np.append(tokens, tokenizer.eos_token_id), np.append(learned, learn)
+
+
+def _cut(tokens: np.ndarray, learned: np.ndarray, max_length: int, columns: dict[str, float] | None = None) -> Encoded:
+    kept = Sequence(tokens[:max_length], learned[:max_length], columns=columns or {})
+    if not kept.num_targets:
+        return Encoded([], f"all that is to be learned lies beyond max_length {max_length}")
+    return Encoded([kept], truncated=len(tokens) > max_length)

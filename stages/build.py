@@ -1,0 +1,395 @@
+"""How does a --stage become the data and the objective that the loop runs?
+
+`open_stage_data` reads and checks what a stage learns from, before anything large is built; `build_stage` makes the
+objective over it, once there is a model.
+"""
+
+import hashlib
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from dataprep.chat_template import ChatTemplate, describe_template, load_chat_template, stop_token_ids
+from dataprep.encoding_examples import encode_example, show_example
+from dataprep.example_shards import FORMATS, ExampleShards, template_digest
+from dataprep.examples import Example, ExampleSet, read_examples
+from dataprep.shards import Metadata, load_metadata, open_split
+from dataprep.tokenizers import Tokenizer, load_tokenizer
+from errors import UserError
+from stages.dpo import DPO, KTO, reference_logprobs, with_mismatches, with_reference
+from stages.grpo import GRPO
+from stages.ppo import PPO
+from stages.preference_losses import WITHOUT_REFERENCE
+from stages.pretrain import Pretrain
+from stages.reward import Reward as RewardStage
+from stages.rewards import Reward, load_reward, model_reward
+from stages.sft import SFT
+from training.actor_critic import scores_of
+from training.adapter_files import load_base
+from training.batches import TrainingData, Windows, open_training_data
+from training.config import TrainConfig
+from training.examples_data import ExampleData, ExampleFeed
+from training.loading import find_base
+from training.packing import Sequence
+from training.parallel import Ranks, unwrap
+from training.precision import Precision
+from training.rollouts import Prompt, RolloutSchedule, Sampling
+from training.save_folder import list_checkpoints
+from training.scalar_head import RewardModel
+
+Stage = Pretrain | SFT | RewardStage | DPO | KTO | GRPO | PPO
+REFERENCE_FILE = "reference_logprobs.safetensors"
+
+DEFAULT_LENGTH = 2048  # of fine-tuning's rows, where the model allows more
+_KINDS = {  # what each stage can learn from
+    "sft": ("chat", "text"),
+    "reward": ("preference",),
+    "dpo": ("preference",),
+    "kto": ("labelled",),
+    "grpo": ("prompt",),
+    "ppo": ("prompt",),
+}
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage learns from, opened and checked.
+
+    tokenizer_folder: its tokenizer's files go into every checkpoint. order: what decides which tokens sample number t is;
+    a resumed run must have the same. num_samples: of one pass. report: sentences for the user, before the first step.
+    """
+
+    tokenizer_folder: Path
+    tokenizer: Tokenizer
+    max_length: int
+    order: dict
+    num_samples: int
+    train: TrainingData | ExampleData | list[Prompt]
+    held_out: Windows | ExampleData | list[Prompt] | None
+    report: list[str] = field(default_factory=list)
+    stop_ids: tuple[int, ...] = ()  # what ends an answer
+    files: dict[str, bytes] = field(default_factory=dict)  # further ones for every checkpoint: the chat template
+
+
+def open_stage_data(config: TrainConfig, base: Path | None, context: int | None) -> StageData:
+    """The data of config.stage. base: the folder of the model that is trained on, context: the tokens it can take."""
+    if config.stage == "pretrain":
+        return _open_shards(config, base)
+    return _open_examples(config, base, context)
+
+
+def build_stage(
+    config: TrainConfig, data: StageData, model: nn.Module, ranks: Ranks, precision: Precision, micro_batch_size: int
+) -> Stage:
+    """The objective of config.stage over `data`. model: the finished one, for stages that compute with it beforehand."""
+    if config.stage == "pretrain":
+        return Pretrain(
+            data=data.train, validation=data.held_out, token_bytes=data.tokenizer.token_byte_lengths(), ranks=ranks,
+            precision=precision, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
+            eval_tokens=config.eval_tokens, z_loss=config.z_loss,
+        )  # fmt: skip
+    if config.stage in ("grpo", "ppo"):
+        return _reinforcement_stage(config, data, model, ranks, precision, micro_batch_size)
+    feed = ExampleFeed(
+        data=data.train, validation=data.held_out, ranks=ranks, precision=precision, batch_size=config.batch_size,
+        micro_batch_size=micro_batch_size, max_length=data.max_length, eval_tokens=config.eval_tokens,
+    )  # fmt: skip
+    if config.stage == "sft":
+        return SFT(feed, neftune_alpha=config.neftune_alpha)
+    if config.stage == "reward":
+        return RewardStage(feed, centring=config.center_rewards)
+    return _preference_stage(config, feed, model)
+
+
+# --------------------------------------------------------------------------------------------------------- pretraining
+
+
+def _open_shards(config: TrainConfig, base: Path | None) -> StageData:
+    metadata = [load_metadata(folder) for folder in config.data_dir]
+    for folder, one in zip(config.data_dir, metadata, strict=True):
+        if one.options.get("format") in FORMATS:
+            raise UserError(
+                f"--data_dir {folder} holds examples to fine-tune on ({one.options['format']}): add --stage"
+            )
+    tokenizer = load_tokenizer(config.data_dir[0])
+    _check_vocabulary(config, metadata, tokenizer, base)
+    max_length = config.max_length or metadata[0].max_length
+    if len(tokenizer.encode(config.sample_prompt)) >= max_length:
+        raise UserError(f"--sample_prompt leaves no room in rows of --max_length {max_length} tokens; shorten it")
+    stride = config.stride if config.stride is not None else (0 if config.max_length else metadata[0].stride)
+    train = open_training_data(
+        [open_split(folder, "train") for folder in config.data_dir], config.data_weights,
+        max_length=max_length, stride=stride, document_mask=config.document_mask, seed=config.seed,
+    )  # fmt: skip
+    order = {
+        "fingerprints": [m.fingerprint for m in metadata], "weights": train.weights, "max_length": max_length,
+        "stride": stride, "document_mask": config.document_mask, "seed": config.seed,
+    }  # fmt: skip
+    held_out = Windows(open_split(config.data_dir[0], "val"), max_length, 0, config.document_mask)
+    num_samples = sum(map(len, train.sources))
+    return StageData(Path(config.data_dir[0]), tokenizer, max_length, order, num_samples, train, held_out)
+
+
+def _check_vocabulary(config: TrainConfig, metadata: list[Metadata], tokenizer: Tokenizer, base: Path | None) -> None:
+    """UserError where the flag, the tokenizer, the shards and the model that is gone on from do not agree."""
+    for folder, data in zip(config.data_dir, metadata, strict=True):
+        if data.tokenizer.sha256 != tokenizer.sha256:
+            raise UserError(
+                f"the shards in {folder} were made with the tokenizer {data.tokenizer.sha256[:12]}, and "
+                f"{config.data_dir[0]}/tokenizer.json is {tokenizer.sha256[:12]}; prepare the data with one tokenizer"
+            )
+    if config.vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"--vocab_size {config.vocab_size} is not the tokenizer's in {config.data_dir[0]}, which has "
+            f"{tokenizer.vocab_size}; leave --vocab_size out to use the tokenizer's"
+        )
+    if base and (theirs := load_tokenizer(base)).sha256 != tokenizer.sha256:
+        raise UserError(
+            f"--init_from {base} has the tokenizer {theirs.sha256[:12]}, and the shards in {config.data_dir[0]} were made "
+            f"with {tokenizer.sha256[:12]}; prepare the data with the model's tokenizer"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def _open_examples(config: TrainConfig, base: Path, context: int) -> StageData:
+    tokenizer = load_tokenizer(base)
+    template = load_chat_template(base, override=config.chat_template)
+    report = describe_template(tokenizer, template)
+    shards = _open_example_shards(config, base, tokenizer, template) if config.data_dir else None
+    max_length = config.max_length or (min(context, DEFAULT_LENGTH) if shards is None else shards.metadata.max_length)
+    if max_length > context:
+        raise UserError(f"--max_length {max_length} is more than the model in {base} takes, {context} tokens")
+
+    def read(paths: list[str]) -> list:
+        rename = dict(pair.split("=", 1) for pair in config.rename_columns)
+        examples = read_examples(paths, rename=rename)
+        report.extend([f"examples: {examples.format}", *examples.report])
+        groups, kept = _encode(config, examples, tokenizer, template, max_length, report)
+        if _is_kto(config):
+            return with_mismatches(groups, max_length)
+        if config.stage not in ("grpo", "ppo"):
+            return groups
+        pairs = zip(groups, kept, strict=True)
+        return [Prompt(group[0].tokens, example.prompt[-1].content, example.columns) for group, example in pairs]
+
+    if shards is None:
+        train, held_out = read(config.train_data), []
+    else:
+        train, held_out = with_mismatches(shards, max_length) if _is_kto(config) else shards, []
+    if config.eval_data:
+        held_out = read(config.eval_data)
+    else:
+        train, held_out = _split(train, config.eval_fraction)
+    report.append(
+        f"{len(train):,} examples to learn from, {len(held_out):,} held out; the first, what is learned marked:"
+    )
+    first = train[0] if isinstance(train[0], Prompt) else train[0][0]
+    shown = Sequence(first.tokens, np.zeros(len(first.tokens), bool)) if isinstance(first, Prompt) else first
+    report.append(show_example(tokenizer, shown, color=sys.stdout.isatty()))
+    fingerprints = [_digest(Path(path).read_bytes()) for path in config.train_data]
+    order = {
+        "fingerprints": fingerprints if shards is None else [shards.metadata.fingerprint], "max_length": max_length,
+        "template": template_digest(template),
+        "train_on": config.train_on if shards is None else shards.metadata.options["train_on"],
+        "eval_fraction": config.eval_fraction, "seed": config.seed,
+    }  # fmt: skip
+    stops = tuple(stop_token_ids(tokenizer, template))
+    files = {"chat_template.jinja": template.source.encode()}
+    if config.stage in ("grpo", "ppo"):
+        return StageData(base, tokenizer, max_length, order, len(train), train, held_out, report, stops, files)
+    return StageData(
+        base, tokenizer, max_length, order, len(train), ExampleData(train, config.seed),
+        ExampleData(held_out, config.seed) if held_out else None, report, stops, files,
+    )  # fmt: skip
+
+
+def _open_example_shards(
+    config: TrainConfig, base: Path, tokenizer: Tokenizer, template: ChatTemplate
+) -> ExampleShards:  # fmt: skip
+    """The examples of --data_dir. UserError where they are not what the stage, the model and the options ask for."""
+    if len(config.data_dir) > 1:
+        raise UserError(f"--stage {config.stage} takes one --data_dir; prepare all examples together")
+    folder = config.data_dir[0]
+    shards = ExampleShards(folder)
+    metadata, options = shards.metadata, shards.metadata.options
+    again = "prepare the examples again with data_prep_tool.py"
+    if options["kind"] not in (kinds := _kinds(config)):
+        raise UserError(
+            f"--data_dir {folder} holds {options['kind']} examples, and {_named(config)} learns from {' or '.join(kinds)} "
+            "examples; prepare those"
+        )
+    if metadata.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"the examples in {folder} were made with the tokenizer {metadata.tokenizer.sha256[:12]}, and --init_from {base} "
+            f"has {tokenizer.sha256[:12]}; {again} and --tokenizer_from {base}"
+        )
+    if options["template"] != template_digest(template):
+        raise UserError(
+            f"the examples in {folder} were written with another chat template than {template.name}; give the same "
+            f"--chat_template, or {again}"
+        )
+    if config.max_length and config.max_length < metadata.max_length:
+        raise UserError(
+            f"--max_length {config.max_length} is less than the {metadata.max_length} tokens that the examples in {folder} "
+            f"may have; {again}"
+        )
+    if config.train_on not in ("assistant", options["train_on"]) or config.rename_columns:
+        raise UserError(
+            f"the examples in {folder} are prepared, with --train_on {options['train_on']}: --train_on and "
+            "--rename_columns belong to data_prep_tool.py"
+        )
+    return shards
+
+
+def _encode(
+    config: TrainConfig, examples: ExampleSet, tokenizer: Tokenizer, template: ChatTemplate, max_length: int,
+    report: list[str],
+) -> tuple[list[list[Sequence]], list[Example]]:  # fmt: skip
+    """(the sequences of each example that can be used, these examples); what was left out is counted in `report`."""
+    if examples.kind not in (kinds := _kinds(config)):
+        raise UserError(
+            f"--train_data holds {examples.kind} examples ({examples.format}), and {_named(config)} learns from "
+            f"{' or '.join(kinds)} examples; --rename_columns can say what the columns mean"
+        )
+    groups, kept, dropped, truncated = [], [], Counter(), 0
+    # a prompt of reinforcement learning leaves room for its answer
+    room = max_length - config.max_new_tokens + 1 if config.stage in ("grpo", "ppo") else max_length
+    for example in examples.examples:
+        encoded = encode_example(tokenizer, template, example, max_length=room, train_on=config.train_on)
+        truncated += encoded.truncated
+        if encoded.sequences:
+            groups.append(encoded.sequences)
+            kept.append(example)
+        else:
+            dropped[encoded.dropped] += 1
+    report.extend(f"{count:,} examples left out: {reason}" for reason, count in dropped.most_common())
+    if truncated:
+        report.append(f"{truncated:,} examples cut off at --max_length {max_length}")
+    if not groups:
+        raise UserError(f"no example of --train_data can be learned from: {'; '.join(dropped)}")
+    return groups, kept
+
+
+def _kinds(config: TrainConfig) -> tuple[str, ...]:
+    """The kinds of examples that the stage can learn from."""
+    return _KINDS["kto" if _is_kto(config) else config.stage]
+
+
+def _is_kto(config: TrainConfig) -> bool:
+    return config.stage == "dpo" and config.dpo_loss == "kto"
+
+
+def _split(groups: list | ExampleShards, fraction: float) -> tuple[list | ExampleShards, list | ExampleShards]:
+    """(to learn from, held out), both in the order of the files; the same ones each time."""
+    count = math.ceil(len(groups) * fraction) if len(groups) > 1 else 0
+    chosen = set(np.random.default_rng(0).permutation(len(groups))[:count].tolist())
+    parts = [number for number in range(len(groups)) if number not in chosen], sorted(chosen)
+    if isinstance(groups, ExampleShards):
+        return tuple(map(groups.select, parts))
+    return tuple([groups[number] for number in part] for part in parts)
+
+
+def _reinforcement_stage(
+    config: TrainConfig, data: StageData, model: nn.Module, ranks: Ranks, precision: Precision, micro_batch_size: int
+) -> GRPO | PPO:
+    device, kl = ranks.device, config.kl_coefficient
+    reference = None  # with adapters it is the model without them
+    if not config.lora and (config.stage == "ppo" or kl):
+        reference = load_base(data.tokenizer_folder, dtype=precision.dtype, device=device).eval()
+    shared = {
+        "model": unwrap(model), "prompts": data.train, "eval_prompts": data.held_out,
+        "rewards": _rewards(config, data, device, precision, micro_batch_size), "decode": data.tokenizer.decode,
+        "ranks": ranks, "precision": precision,
+        "sampling": Sampling(
+            config.max_new_tokens, config.temperature, data.stop_ids, data.tokenizer.vocab_size, config.rollout_batch_size
+        ),
+        "schedule": RolloutSchedule(
+            config.batch_size, config.num_minibatches, config.resolved_rollout_epochs, config.seed
+        ),
+        "micro_batch_size": micro_batch_size, "max_length": data.max_length, "reference": reference,
+        "reward_timeout": config.reward_timeout, "eval_samples": config.eval_samples,
+    }  # fmt: skip
+    if config.stage == "grpo":
+        return GRPO(
+            **shared, group_size=config.group_size, loss_type=config.grpo_loss, clip_low=config.clip_low,
+            clip_high=config.clip_high, kl_coefficient=kl or 0.0, mask_truncated=config.mask_truncated,
+        )  # fmt: skip
+    return PPO(
+        **shared, clip=config.clip_high or 0.2, kl_coefficient=0.05 if kl is None else kl, kl_target=config.kl_target,
+        missing_eos_penalty=config.missing_eos_penalty,
+    )  # fmt: skip
+
+
+def _rewards(
+    config: TrainConfig, data: StageData, device: torch.device, precision: Precision, micro_batch_size: int
+) -> list[Reward]:
+    """The judges of --reward_function and --reward_model, with their weights."""
+    functions = [load_reward(name) for name in config.reward_function]
+    weights = config.reward_weights or [1.0] * (len(functions) + 1)
+    rewards = [
+        Reward(name.partition("=")[0].rpartition(":")[2], function, weight)
+        for name, function, weight in zip(config.reward_function, functions, weights, strict=False)
+    ]
+    if config.reward_model:
+        folder = find_base(config.reward_model)
+        if load_tokenizer(folder).sha256 != data.tokenizer.sha256:
+            raise UserError(f"--reward_model {folder} has another tokenizer than the model that is trained")
+        judge = RewardModel.from_pretrained(folder, seed=0, device=device, dtype=precision.dtype).eval()
+        scores = model_reward(
+            scores_of(judge), device=device, precision=precision, max_length=data.max_length,
+            micro_batch_size=micro_batch_size,
+        )  # fmt: skip
+        rewards.append(Reward("reward_model", scores, weights[len(functions)], on_tokens=True))
+    return rewards
+
+
+def _preference_stage(config: TrainConfig, feed: ExampleFeed, model: nn.Module) -> DPO | KTO:
+    """With the reference's log-probabilities beside the examples, where they are not those of a model without adapters."""
+    if not config.lora and config.dpo_loss not in WITHOUT_REFERENCE:
+        feed = _with_reference(config, feed, model)
+    if config.dpo_loss == "kto":
+        return KTO(feed, model, beta=config.dpo_beta)
+    return DPO(
+        feed, config.dpo_loss, beta=config.dpo_beta, label_smoothing=config.label_smoothing, gamma=config.simpo_gamma
+    )  # fmt: skip
+
+
+def _with_reference(config: TrainConfig, feed: ExampleFeed, model: nn.Module) -> ExampleFeed:
+    """Made once, by the model that the run starts from, and kept in the run's folder for when it is resumed."""
+    path = Path(config.save_dir) / REFERENCE_FILE
+    sets = {"train": feed.data} | ({"held_out": feed.validation} if feed.validation else {})
+    if list_checkpoints(config.save_dir):
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}, the reference of this run, cannot be read ({error}); start a new run") from error
+    else:
+        found = {
+            name: reference_logprobs(
+                model, data, max_length=feed.max_length, micro_batch_size=feed.micro_batch_size, ranks=feed.ranks,
+                precision=feed.precision,
+            )
+            for name, data in sets.items()
+        }  # fmt: skip
+        if feed.ranks.is_main:
+            save_file(found, path)
+    made = {name: with_reference(data, found[name]) for name, data in sets.items()}
+    return replace(feed, data=made["train"], validation=made.get("held_out"))
+
+
+def _named(config: TrainConfig) -> str:
+    return f"--stage {config.stage}" + (f" --dpo_loss {config.dpo_loss}" if config.stage == "dpo" else "")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

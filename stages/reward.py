@@ -1,0 +1,60 @@
+"""What does a reward model learn? To score the chosen answer of a pair higher than the rejected one.
+
+Bradley & Terry (1952) as in Ouyang et al. (2022), eq. 1: the probability that the chosen answer wins is σ(c − r), the
+scores being the model's at the last token of each sequence.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.batches import MicroBatch
+from training.examples_data import ExampleFeed, Group, Metrics
+
+
+@dataclass(frozen=True)
+class Reward:
+    """−log σ(c − r − margin) + centring · (c + r)² on groups [chosen, rejected].
+
+    margin: the column of that name, where the data has one (Llama 2, Touvron et al. 2023, eq. 2). centring: 0.01 keeps
+    scores near 0, which differences alone do not fix (Eisenstein et al. 2023). The model is a training.scalar_head.RewardModel.
+    """
+
+    feed: ExampleFeed
+    centring: float = 0.01
+
+    def batches(self, first_sample: int) -> Iterator[list[MicroBatch]]:
+        """For each optimizer step from sample `first_sample` on, without end: this rank's micro-batches."""
+        while True:
+            yield self._micro_batches(self.feed.groups(first_sample))
+            first_sample += self.feed.batch_size
+
+    def epoch(self, first_sample: int) -> float:
+        return self.feed.data.epoch(first_sample)
+
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        """(summed loss, {metric: (sum, pairs)})."""
+        scores = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
+        scores = scores.flatten()[batch.last_tokens]  # (sequences,) fp32
+        chosen, rejected = scores[0::2], scores[1::2]
+        margin = batch.columns["margin"][0::2] if "margin" in batch.columns else 0.0
+        losses = -F.logsigmoid(chosen - rejected - margin) + self.centring * (chosen + rejected).square()
+        figures = {
+            "loss": losses,
+            "accuracy": (chosen > rejected).float(),
+            "margin": chosen - rejected,
+            "score/chosen": chosen,
+            "score/rejected": rejected,
+        }
+        return losses.sum(), {name: (value.detach().sum(), batch.weight) for name, value in figures.items()}
+
+    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+        """val_loss and val_margin a pair, and val_accuracy: how often the chosen answer scores higher."""
+        names = {"loss": "val_loss", "accuracy": "val_accuracy", "margin": "val_margin"}
+        return self.feed.evaluate(model, self._micro_batches, self.loss, names, everything)
+
+    def _micro_batches(self, groups: SequenceOf[Group]) -> list[MicroBatch]:
+        return [replace(batch, weight=len(batch.last_tokens) // 2) for batch in self.feed.pack(groups)]

@@ -1,0 +1,431 @@
+"""How good is an answer? Reward functions: loading them, calling them safely, and those that people need.
+
+A reward function is f(prompts, completions, **columns) -> list[float | None]: texts, and one list for each column of the
+data, among them `completion_ids`, the answers' tokens; it is given those that its signature names, all with **keywords.
+None says that it cannot judge. It may be async. Shipped ones are named, some with an argument behind "=":
+
+    exact_answer     1 where the final answer is that of the data, as a number or word for word, else 0
+    numeric_answer   1 where the final answer, or the last number, is the data's number, else 0
+    format=REGEX     1 where the whole answer matches (default: <think>…</think> <answer>…</answer>)
+    regex=REGEX      1 where the pattern is found
+    length=N         0 up to N tokens, falling to -1 at 2 N (soft overlong punishment; Yu et al. 2025, eq. 13)
+
+The final answer is what the last \\boxed{…} holds, else what follows the last "####" (GSM8K), else the whole text. The
+data's answer is in the first of the columns answer, solution, ground_truth, target and label.
+"""
+
+import asyncio
+import ctypes
+import importlib
+import inspect
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arguments import did_you_mean
+from errors import UserError
+from model import Transformer
+from training.batches import MicroBatch
+from training.packing import Sequence, pack
+from training.parallel import Ranks
+from training.precision import Precision
+from training.rollouts import Prompt, Rollout, Sampling, own_part, roll_out
+from training.sampler import hash_key
+
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "target", "label")
+_EVALUATION_KEY = 20
+_DEFAULT_FORMAT = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
+_NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:/\d+)?")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A judge by name, and how much it counts.
+
+    on_tokens: it is a trained model instead, f(list of prompt-and-response tokens (n,) int64) -> list[float].
+    """
+
+    name: str
+    function: Callable
+    weight: float = 1.0
+    on_tokens: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_reward(spec: str) -> Callable:
+    """The function of "package.module:function", found from the working directory too, or a shipped one. UserError."""
+    name, _, argument = spec.partition("=")
+    if name in SHIPPED:
+        return SHIPPED[name](argument)
+    module_name, colon, function_name = spec.partition(":")
+    if not colon:
+        raise UserError(
+            f"--reward_function {spec}: give package.module:function or one of {', '.join(SHIPPED)}"
+            + did_you_mean(name, SHIPPED)
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing of the project is hidden by a file there
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise UserError(f"--reward_function {spec}: {module_name} cannot be imported ({error})") from error
+    except AttributeError as error:
+        raise UserError(f"--reward_function {spec}: {module_name} has no {function_name}") from error
+    if not callable(function):
+        raise UserError(f"--reward_function {spec}: {function_name} is not a function")
+    return function
+
+
+# ------------------------------------------------------------------------------------------------------------- calling
+
+
+def judge(
+    rewards: SequenceOf[Reward],
+    prompts: SequenceOf[Prompt],
+    rollouts: SequenceOf[Rollout],
+    decode: Callable[[list[int]], str],
+    *,
+    timeout: float,
+) -> np.ndarray:
+    """(answers, rewards) float64: what each reward says of each rollout of the prompt beside it; NaN is None.
+
+    Texts are without the stop token. timeout: seconds for one call. UserError, naming the function and the sample, where
+    one raises, takes longer, or gives anything but a number or None for each answer.
+    """
+    scores = np.full((len(rollouts), len(rewards)), np.nan)
+    if not rollouts:
+        return scores
+    answers = [rollout.response[:-1] if rollout.finished else rollout.response for rollout in rollouts]
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns}
+    columns |= {
+        "prompts": [prompt.text for prompt in prompts],
+        "completions": [decode(answer.tolist()) for answer in answers],
+        "completion_ids": [rollout.response.tolist() for rollout in rollouts],
+    }
+    for index, reward in enumerate(rewards):
+        if reward.on_tokens:
+            scores[:, index] = reward.function([rollout.tokens for rollout in rollouts])
+        else:
+            scores[:, index] = _call(reward, columns, timeout)
+    return scores
+
+
+def model_reward(
+    scores: Callable[[MicroBatch], Tensor],
+    *,
+    device: torch.device,
+    precision: Precision,
+    max_length: int,
+    micro_batch_size: int,
+) -> Callable[[list[np.ndarray]], list[float]]:
+    """A trained reward model as the function of a Reward with on_tokens: its score at each text's last token.
+
+    scores: micro-batch -> (B, T), as training/actor_critic.scores_of makes it.
+    """
+
+    @torch.no_grad()
+    def score(texts: list[np.ndarray]) -> list[float]:
+        sequences = [Sequence(tokens, np.zeros(len(tokens), dtype=bool)) for tokens in texts]
+        results: list[float] = []
+        for batch in pack([[s] for s in sequences], max_length=max_length, micro_batch_size=micro_batch_size):
+            on_device = batch.to(device)
+            with precision.autocast(device):
+                results += scores(on_device).flatten()[on_device.last_tokens].tolist()
+        return results
+
+    return score
+
+
+def combine(scores: np.ndarray, rewards: SequenceOf[Reward]) -> np.ndarray:
+    """(answers,) weighted sums of (answers, rewards), over the rewards that could judge; NaN where none could."""
+    total = np.nansum(scores * np.array([reward.weight for reward in rewards]), axis=1)
+    return np.where(np.isnan(scores).all(axis=1), np.nan, total)
+
+
+def describe_phase(
+    rollouts: SequenceOf[Rollout], scores: np.ndarray, total: np.ndarray, rewards: SequenceOf[Reward]
+) -> dict[str, float]:
+    """Metrics of a rollout phase: mean and deviation (n - 1) of the reward and, if several, of each; lengths; endings.
+
+    scores (answers, rewards) and total (answers,), of all ranks; what is NaN does not count.
+    """
+    figures = {"reward": _mean(total), "reward_std": _std(total)}
+    if len(rewards) > 1:
+        for reward, column in zip(rewards, scores.T, strict=True):
+            figures |= {f"reward_{reward.name}": _mean(column), f"reward_{reward.name}_std": _std(column)}
+    figures |= {"completion_length": float(np.mean([len(rollout.response) for rollout in rollouts]))}
+    return figures | {"finished": float(np.mean([rollout.finished for rollout in rollouts]))}
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else 0.0
+
+
+def _std(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=1)) if known.size > 1 else 0.0
+
+
+def _call(reward: Reward, columns: dict[str, list], timeout: float) -> list[float]:
+    keywords = _accepted(reward.function, columns)
+    count = len(columns["prompts"])
+    try:
+        given = _call_once(reward.function, keywords, timeout)
+    except CallTimeout:
+        raise UserError(
+            f"reward {reward.name} was not done with {count} answers after {timeout:g} s, the first to the prompt "
+            f"{_short(columns['prompts'][0])}; make it faster or raise --reward_timeout"
+        ) from None
+    except Exception as error:
+        at = _find_culprit(reward, keywords, count, timeout)
+        raise UserError(
+            f"reward {reward.name} raised {type(error).__name__}: {error}, for the answer "
+            f"{_short(columns['completions'][at])} to the prompt {_short(columns['prompts'][at])}; correct the function, "
+            "or return None for what it cannot judge"
+        ) from error
+    if not isinstance(given, (list, tuple, np.ndarray)) or len(given) != count:
+        found = f"{len(given)} values" if hasattr(given, "__len__") else type(given).__name__
+        raise UserError(f"reward {reward.name} returned {found} for {count} answers; it must return a list of {count}")
+    return [_as_float(reward.name, value, columns["prompts"][at]) for at, value in enumerate(given)]
+
+
+def _accepted(function: Callable, columns: dict[str, list]) -> dict[str, list]:
+    """The columns that the function's signature names; all of them if it takes **keywords or hides its signature."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return columns
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return columns
+    return {name: column for name, column in columns.items() if name in {parameter.name for parameter in parameters}}
+
+
+def _call_once(function: Callable, keywords: dict[str, list], timeout: float) -> object:
+    async def wait(result: object) -> object:
+        async with asyncio.timeout(timeout):
+            return await result
+
+    def call() -> object:
+        result = function(**keywords)
+        return asyncio.run(wait(result)) if inspect.isawaitable(result) else result
+
+    return call_within(timeout, call)
+
+
+def _find_culprit(reward: Reward, keywords: dict[str, list], count: int, timeout: float) -> int:
+    """The first answer that the function raises for by itself, or 0 if it only raises for all together."""
+    for at in range(count):
+        try:
+            _call_once(reward.function, {name: column[at : at + 1] for name, column in keywords.items()}, timeout)
+        except Exception:
+            return at
+    return 0
+
+
+def _as_float(name: str, value: object, prompt: str) -> float:
+    if value is None:
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"reward {name} returned {value!r} for the prompt {_short(prompt)}; it must return a number or None"
+        ) from None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:60] + " … " + text[-15:])
+
+
+class CallTimeout(Exception):
+    """A call took longer than it may."""
+
+
+class _TimeUp(BaseException):
+    """What is raised in the call; not an Exception, so that a function's `except Exception` does not take it."""
+
+
+def call_within(seconds: float, function: Callable[[], object]) -> object:
+    """function(), or CallTimeout when it took longer than `seconds` of wall-clock time.
+
+    It runs in the calling thread, whichever that is, so what it may do in the main thread it still may. A watching thread
+    makes CPython raise an exception in it at the next bytecode, again every second until it ends: that stops Python code,
+    while one call into C (a sleep, a read from the network) is only stopped when it comes back.
+    """
+    caller = ctypes.c_ulong(threading.get_ident())
+    lock, over, interrupted = threading.Lock(), threading.Event(), threading.Event()
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def watch() -> None:
+        pause = seconds
+        while not over.wait(pause):
+            with lock:
+                if not over.is_set():
+                    interrupted.set()
+                    raise_in(caller, ctypes.py_object(_TimeUp))
+            pause = 1.0
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        try:
+            result = function()
+        finally:
+            with lock:  # from here on nothing more is raised, and what is pending is forgotten
+                over.set()
+                if interrupted.is_set():
+                    raise_in(caller, None)
+    except _TimeUp:
+        over.set()
+    if interrupted.is_set():
+        raise_in(caller, None)
+        raise CallTimeout
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_rewards(
+    model: Transformer,
+    prompts: SequenceOf[Prompt],
+    rewards: SequenceOf[Reward],
+    decode: Callable[[list[int]], str],
+    sampling: Sampling,
+    ranks: Ranks,
+    *,
+    seed: int,
+    timeout: float,
+) -> dict[str, float]:
+    """Held-out figures over all ranks: one answer drawn for each prompt, with the same random numbers every time.
+
+    val_reward, its parts when there are several, the answers' length and the share that ended. val_loss is -val_reward:
+    what is lower is better, as everywhere.
+    """
+    part = own_part(len(prompts), ranks)
+    own = list(prompts[part])
+    seeds = [hash_key(seed, _EVALUATION_KEY, number) for number in range(len(prompts))[part]]
+    rollouts = roll_out(model, [prompt.tokens for prompt in own], seeds, sampling)
+    scores = judge(rewards, own, rollouts, decode, timeout=timeout)
+    columns = [combine(scores, rewards), *(scores.T if len(rewards) > 1 else [])]
+    sums = [part for column in columns for part in (np.nansum(column), np.sum(~np.isnan(column)))]
+    sums += [sum(len(rollout.response) for rollout in rollouts), sum(rollout.finished for rollout in rollouts)]
+    sums = ranks.sum([float(value) for value in sums])
+    means = [sums[2 * i] / max(1.0, sums[2 * i + 1]) for i in range(len(columns))]
+    figures = {"val_loss": -means[0], "val_reward": means[0]}
+    figures |= {f"val_reward_{reward.name}": mean for reward, mean in zip(rewards, means[1:], strict=False)}
+    return figures | {"val_length": sums[-2] / len(prompts), "val_finished": sums[-1] / len(prompts)}
+
+
+# ------------------------------------------------------------------------------------------------------------- shipped
+
+
+def final_answer(text: str) -> str:
+    """What the last \\boxed{…} of a text holds, else the line behind the last "####", else all of it."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for end in range(start + len("\\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : end].strip()
+    _, mark, after = text.rpartition("####")
+    return after.strip().partition("\n")[0].strip() if mark else after.strip()
+
+
+def as_number(text: str) -> Decimal | None:
+    """The number that a text is, or None: "51.0", "1,000", "$5", "50%" (as 50), "3/4", "\\frac{3}{4}"; a full stop may follow."""
+    text = re.sub(r"\\d?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = re.sub(r"\\?[$€£%]", "", text).strip().rstrip(".")
+    if not _NUMBER.fullmatch(text):
+        return None
+    numerator, _, denominator = text.replace(",", "").partition("/")
+    try:
+        return Decimal(numerator) / Decimal(denominator or 1)
+    except (InvalidOperation, ZeroDivisionError):
+        return None
+
+
+def last_number(text: str) -> Decimal | None:
+    """The number that a text is, or the last one in it, or None."""
+    whole = as_number(text)
+    if whole is not None:
+        return whole
+    found = [match.group() for match in _NUMBER.finditer(text) if match.group()]
+    return as_number(found[-1]) if found else None
+
+
+def _reference(columns: dict[str, list]) -> list:
+    for name in ANSWER_COLUMNS:
+        if name in columns:
+            return columns[name]
+    raise UserError(
+        f"this reward compares with the data's answer, but the data has none of {', '.join(ANSWER_COLUMNS)}"
+    )
+
+
+def _exact_answer(argument: str) -> Callable:
+    def same(found: str, wanted: str) -> bool:
+        found, wanted = final_answer(found), final_answer(wanted)
+        number = as_number(wanted)
+        if number is not None:
+            return as_number(found) == number
+        return " ".join(found.split()) == " ".join(wanted.split())
+
+    def exact_answer(prompts: list[str], completions: list[str], **columns) -> list[float | None]:
+        pairs = zip(completions, _reference(columns), strict=True)
+        return [None if wanted is None else float(same(found, str(wanted))) for found, wanted in pairs]
+
+    return exact_answer
+
+
+def _numeric_answer(argument: str) -> Callable:
+    def numeric_answer(prompts: list[str], completions: list[str], **columns) -> list[float | None]:
+        results: list[float | None] = []
+        for found, wanted in zip(completions, _reference(columns), strict=True):
+            number = None if wanted is None else last_number(final_answer(str(wanted)))
+            results.append(None if number is None else float(last_number(final_answer(found)) == number))
+        return results
+
+    return numeric_answer
+
+
+def _matches(search: bool, default: str) -> Callable[[str], Callable]:
+    def build(argument: str) -> Callable:
+        try:
+            pattern = re.compile(argument or default, re.DOTALL)
+        except re.error as error:
+            raise UserError(f"--reward_function: {argument} is not a regular expression ({error})") from None
+        match = pattern.search if search else pattern.fullmatch
+        return lambda prompts, completions: [float(match(text) is not None) for text in completions]
+
+    return build
+
+
+def _length(argument: str) -> Callable:
+    if not argument.isdecimal() or not int(argument):
+        raise UserError(f"--reward_function length={argument}: give a number of tokens, such as length=200")
+    free = int(argument)
+    return lambda prompts, completions, completion_ids: [
+        -min(1.0, max(0.0, len(ids) / free - 1)) for ids in completion_ids
+    ]
+
+
+SHIPPED: dict[str, Callable[[str], Callable]] = {
+    "exact_answer": _exact_answer,
+    "numeric_answer": _numeric_answer,
+    "format": _matches(search=False, default=_DEFAULT_FORMAT),
+    "regex": _matches(search=True, default=""),
+    "length": _length,
+}

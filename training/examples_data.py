@@ -1,0 +1,138 @@
+"""In which order are examples learned from, and how are they shared among ranks and micro-batches?
+
+Sample t of a run is one example: a group of sequences that stay together (one of SFT, a chosen and a rejected one of a
+preference). Step s takes the samples [first, first + batch_size), a rank its contiguous part of them, packed into
+micro-batches (packing.py). As in pretraining a run's position is one integer, and ranks and micro-batches only divide.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training.batches import MicroBatch
+from training.packing import Sequence, pack
+from training.parallel import Ranks, unwrap
+from training.precision import Precision
+from training.sampler import locate
+
+Group = SequenceOf[Sequence]
+Metrics = dict[str, tuple[Tensor, float]]
+
+
+@dataclass(frozen=True)
+class ExampleData:
+    """groups: the sequences of each example, as many in each, all with the same columns. seed: of the order."""
+
+    groups: SequenceOf[Group]
+    seed: int
+
+    def numbers(self, first: int, count: int) -> list[int]:
+        """The example of each of the samples first … first+count-1: every example once an epoch, in a new order."""
+        return locate(first, count, num_windows=[len(self.groups)], weights=[1.0], seed=self.seed).window.tolist()
+
+    def epoch(self, first: int) -> float:
+        """How many times the examples have been seen after `first` samples, as a fraction."""
+        return first / len(self.groups)
+
+
+@dataclass(frozen=True)
+class ExampleFeed:
+    """What every stage that learns from examples needs to make micro-batches of them and to evaluate on the held-out ones.
+
+    validation: None where there is none. batch_size: examples a step, over all ranks. micro_batch_size: examples of
+    max_length for which a micro-batch has room; shorter ones are packed, so it usually holds more. eval_tokens: an
+    evaluation reads the first examples of `validation` until it has as many tokens; 0 reads all.
+    """
+
+    data: ExampleData
+    validation: ExampleData | None
+    ranks: Ranks
+    precision: Precision
+    batch_size: int
+    micro_batch_size: int
+    max_length: int
+    eval_tokens: int
+
+    def samples(self, first: int) -> range:
+        """This rank's part of the step whose samples are first … first+batch_size-1."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        begin, end = (first + self.batch_size * r // world_size for r in (rank, rank + 1))
+        return range(begin, end)
+
+    def groups(self, first: int) -> list[Group]:
+        """The examples of `samples(first)`."""
+        samples = self.samples(first)
+        return [self.data.groups[number] for number in self.data.numbers(samples.start, len(samples))]
+
+    def pack(self, groups: SequenceOf[Group]) -> list[MicroBatch]:
+        """Micro-batches that hold every sequence once, in order."""
+        return pack_examples(groups, self.max_length, self.micro_batch_size)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: nn.Module,
+        micro_batches: Callable[[list[Group]], list[MicroBatch]],
+        loss: Callable[[nn.Module, MicroBatch], tuple[Tensor, Metrics]],
+        names: dict[str, str],
+        everything: bool,
+    ) -> dict[str, float]:
+        """Means over the held-out examples, each once, in order and split over the ranks; {} where there are none.
+
+        names: {metric of `loss`: name of the figure}. With `everything`, where eval_tokens leaves examples out, the
+        figures of all of them are added under `_all`. Dropout is off.
+        """
+        if self.validation is None:
+            return {}
+        inner, groups = unwrap(model), self.validation.groups
+        some = _count_for_tokens(groups, self.eval_tokens) if self.eval_tokens else len(groups)
+        with without_dropout(inner):
+            figures = self._means(inner, groups[:some], micro_batches, loss, names)
+            if everything and some < len(groups):
+                whole = self._means(inner, groups, micro_batches, loss, names)
+                figures |= {f"{name}_all": value for name, value in whole.items()}
+        return figures
+
+    def _means(self, model, groups, micro_batches, loss, names) -> dict[str, float]:
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        begin, end = (len(groups) * r // world_size for r in (rank, rank + 1))
+        sums = {metric: [0.0, 0.0] for metric in names}
+        for batch in micro_batches(groups[begin:end]):
+            with self.precision.autocast(self.ranks.device):
+                _, metrics = loss(model, batch.to(self.ranks.device))
+            for metric in names:
+                sums[metric] = [before + float(new) for before, new in zip(sums[metric], metrics[metric], strict=True)]
+        flat = iter(self.ranks.sum([part for metric in names for part in sums[metric]]))
+        return {name: next(flat) / max(1.0, next(flat)) for name in names.values()}
+
+
+def pack_examples(groups: SequenceOf[Group], max_length: int, micro_batch_size: int) -> list[MicroBatch]:
+    """Micro-batches with room for `micro_batch_size` examples whose sequences all are max_length long."""
+    if not groups:
+        return []
+    return pack(groups, max_length=max_length, micro_batch_size=micro_batch_size * max(map(len, groups)))
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes the same each time: it is in evaluation mode."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _count_for_tokens(groups: SequenceOf[Group], max_tokens: int) -> int:
+    """How many of the first examples it takes to reach `max_tokens` tokens."""
+    total = 0
+    for number, group in enumerate(groups):
+        total += sum(len(sequence.tokens) for sequence in group)
+        if total >= max_tokens:
+            return number + 1
+    return len(groups)

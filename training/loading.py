@@ -1,0 +1,209 @@
+"""From what does a run's model start: from nothing, from another model, with adapters, or from its own checkpoint?"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from errors import UserError
+from kernels.choice import KernelChoice
+from model import ModelConfig, Transformer, read_json
+from training import checkpoints
+from training.actor_critic import POLICY_ADAPTER, VALUE_ADAPTER, ActorCritic, new_critic
+from training.adapter_files import (
+    adapter_state,
+    learned_over,
+    load_adapter,
+    load_base,
+    peft_files,
+    read_adapter_config,
+)
+from training.adapters import (
+    BLOCK_LINEARS,
+    LoraLinear,
+    add_adapters,
+    quantise_layers,
+    store_after_steps,
+    store_learned,
+)
+from training.config import TrainConfig
+from training.optimizers import build_optimizers
+from training.parallel import unwrap
+from training.precision import Precision
+from training.safetensors_writer import safetensors_chunks
+from training.save_folder import ADAPTER_CONFIG
+from training.scalar_head import RewardModel
+
+CRITIC_FILE = "critic.safetensors"  # of a PPO run: what its checkpoint holds beside the policy
+
+
+def find_base(init_from: str, flag: str = "--init_from") -> Path:
+    """The folder that a flag such as --init_from means: a Hugging Face folder as it is, or a run's newest whole checkpoint.
+
+    Raises UserError where there is none, or where it holds adapters alone.
+    """
+    path = Path(init_from)
+    if not path.is_dir():
+        raise UserError(f"{flag} {init_from} is not a folder; name a Hugging Face folder, a run or a checkpoint")
+    if not any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
+        if not checkpoints.list_checkpoints(path):
+            raise UserError(
+                f"{flag} {init_from} holds neither config.json nor a checkpoint_step_N; name a folder that does"
+            )
+        path = checkpoints.resolve(init_from, init_from).path
+    if (path / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{flag} {path} holds adapters, not a model: make one of them and their base with utils.py merge"
+        )
+    return path
+
+
+def read_shape(folder: Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder. Raises UserError."""
+    config = read_json(folder / "config.json")
+    config.pop("quantization_config", None)  # how the weights are kept is `load_base`'s to know
+    return ModelConfig.from_hf(config)
+
+
+def build_model(
+    config: TrainConfig, shape: ModelConfig, base: Path | None, checkpoint: Path | None, *,
+    kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision,
+) -> Transformer | ActorCritic:  # fmt: skip
+    """The model of a run at its start, or as `checkpoint` holds it. base: the folder of --init_from, or None.
+
+    Weights that learn are fp32; frozen ones are in the dtype that the run computes in, or NF4 with --load_in_4bit.
+    """
+    if config.stage == "reward":
+        dtype = precision.dtype if config.lora else torch.float32
+        model = RewardModel.from_pretrained(base, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
+        if config.load_in_4bit:
+            quantise_layers(model)
+    elif base is not None:
+        frozen = "nf4" if config.load_in_4bit else None
+        dtype = precision.dtype if config.lora else torch.float32
+        model = load_base(base, dtype=dtype, quantise=frozen, device=device)
+        model.kernels = kernels
+    else:
+        with torch.device("meta"):  # no memory is touched twice, however large the model
+            model = Transformer(shape, kernels)
+        model.to_empty(device=device)
+        if checkpoint is None:
+            model.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
+    ppo = config.stage == "ppo"
+    if config.lora:
+        for name in (POLICY_ADAPTER, VALUE_ADAPTER) if ppo else ("default",):
+            add_adapters(
+                model, rank=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, rslora=config.rslora,
+                dora=config.dora, targets=lora_targets(config), seed=config.seed, name=name,
+            )  # fmt: skip
+    if ppo:
+        model = ActorCritic(model, None if config.lora else _critic(config, model, device))
+    if checkpoint is not None:
+        _load_parts(config, model, checkpoint)
+    return model
+
+
+def _critic(config: TrainConfig, policy: Transformer, device: torch.device) -> RewardModel:
+    """The reward model's copy, which knows best what answers are worth; without one, the policy's."""
+    if config.reward_model is None:
+        return new_critic(policy)
+    return RewardModel.from_pretrained(find_base(config.reward_model), seed=0, device=device, kernels=policy.kernels)
+
+
+# ------------------------------------------------------------------------------------- what a run's checkpoint consists of
+
+
+def checkpoint_parts(config: TrainConfig, model: nn.Module, base: Path | None) -> dict:
+    """What `checkpoints.save` is told of a model that is not simply one set of weights."""
+    inner = unwrap(model)
+    policy = inner.policy if isinstance(inner, ActorCritic) else inner
+    parts: dict = {"part": policy}
+    if config.lora:
+        name = POLICY_ADAPTER if policy is not inner else "default"
+        parts["adapter"] = peft_files(policy, name, str(base.resolve()))
+    if policy is not inner:
+        parts["beside"] = {CRITIC_FILE: safetensors_chunks(_critic_tensors(inner), {"format": "pt"})}
+    return parts
+
+
+def _critic_tensors(model: ActorCritic) -> dict[str, Tensor]:
+    if model.critic is not None:
+        return {f"critic.{name}": tensor for name, tensor in model.critic.state_dict().items()}
+    return {**adapter_state(model.policy, VALUE_ADAPTER), "value_head": model.value_head.detach()}
+
+
+def _load_parts(config: TrainConfig, model: Transformer | ActorCritic, checkpoint: Path) -> None:
+    policy = model.policy if isinstance(model, ActorCritic) else model
+    if config.lora:
+        load_adapter(policy, checkpoint, POLICY_ADAPTER if policy is not model else "default")
+    else:
+        checkpoints.load_model(checkpoint, policy)
+    if policy is model:
+        return
+    try:
+        found = load_file(checkpoint / CRITIC_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{checkpoint / CRITIC_FILE} cannot be read ({error})") from error
+    targets = _critic_tensors(model)
+    if found.keys() != targets.keys():
+        raise UserError(
+            f"{checkpoint / CRITIC_FILE} is the critic of another kind of run; check --lora and its settings"
+        )
+    for name, tensor in targets.items():
+        tensor.copy_(found[name])
+    store_learned(policy)
+
+
+def lora_targets(config: TrainConfig) -> tuple[str, ...]:
+    """The layers that --lora_target_modules names."""
+    return BLOCK_LINEARS if config.lora_target_modules == ["all-linear"] else tuple(config.lora_target_modules)
+
+
+def make_optimizers(
+    config: TrainConfig, model: nn.Module, checkpoint: Path | None, precision: Precision
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of what learns, with the state that `checkpoint` holds."""
+    optimizers = build_optimizers(
+        model, name=config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+        beta1=config.beta1, beta2=config.beta2,
+        eps=1e-5 if config.stage == "ppo" else 1e-8,  # Huang et al. 2024, detail 5
+        muon_dtype=torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32,
+    )  # fmt: skip
+    if checkpoint is not None:
+        checkpoints.load_optimizers(checkpoint, model, optimizers)
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        store_after_steps(model, optimizers)
+    return optimizers
+
+
+# ------------------------------------------------------------------------------------------------------- after training
+
+
+def find_adapter(where: str | Path) -> Path:
+    """The PEFT folder that is meant: `where` itself, or the newest whole checkpoint of a run that trained adapters."""
+    folder = Path(where)
+    if not (folder / ADAPTER_CONFIG).exists() and checkpoints.list_checkpoints(folder):
+        folder = checkpoints.resolve(folder, folder).path
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise UserError(f"--adapter {where} holds no {ADAPTER_CONFIG}; name a folder with an adapter")
+    return folder
+
+
+def load_for_use(folder: Path, adapter: Path | None, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The model of a folder, with an adapter on it; or, where `folder` itself holds an adapter, on the base it names.
+
+    A base is in NF4 where the adapter learned beside that: beside other weights it would compute something else.
+    """
+    if adapter is None and (folder / ADAPTER_CONFIG).exists():
+        base = Path(read_adapter_config(folder).get("base_model_name_or_path") or "")
+        if not (base / "config.json").exists():
+            raise UserError(f"{folder} holds an adapter, and its base {base} is not here; give the base and --adapter")
+        folder, adapter = base, folder
+    if adapter is None:
+        return load_base(folder, dtype=dtype, device=device)
+    quantise = "nf4" if learned_over(adapter) == "nf4" else None
+    model = load_base(folder, dtype=dtype, quantise=quantise, device=device)
+    load_adapter(model, adapter)
+    return model

@@ -1,0 +1,118 @@
+"""How does a language model give a score instead of a word? One number a token, from the last hidden state.
+
+`RewardModel` is the transformer with `score`, a matrix of one row, in place of the head. Its folder is that of
+transformers' LlamaForSequenceClassification (or Qwen3's) with one label.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from kernels.choice import KernelChoice
+from model import ModelConfig, Transformer, load_pretrained
+from training import checkpoints
+
+
+@dataclass
+class RewardConfig(ModelConfig):
+    """As ModelConfig, and saved as a classifier with one label.
+
+    transformers reads the score at the last token that is not pad_token_id, so that must be an id that ends no sequence.
+    Where it is not given, or is an end-of-text id, it becomes the largest id that is not one.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        if self.pad_token_id is None or self.pad_token_id in ends:
+            self.pad_token_id = max(set(range(self.vocab_size - len(ends) - 1, self.vocab_size)) - set(ends))
+
+    def to_hf(self, dtype: torch.dtype = torch.float32) -> dict:
+        """The contents of config.json."""
+        family = "Qwen3" if self.qk_norm else "Llama"
+        return super().to_hf(dtype) | {
+            "architectures": [f"{family}ForSequenceClassification"],
+            "id2label": {"0": "LABEL_0"},  # num_labels is read off these
+            "label2id": {"LABEL_0": 0},
+        }
+
+    @classmethod
+    def from_model(cls, config: ModelConfig) -> "RewardConfig":
+        return cls(**asdict(config))
+
+
+class RewardModel(Transformer):
+    """A transformer whose forward gives scores. Parameters: `model.…` and `score.weight` (1, H), named as transformers'."""
+
+    config: RewardConfig
+
+    def __init__(self, config: ModelConfig, kernels: KernelChoice | None = None):
+        super().__init__(RewardConfig.from_model(config), kernels or KernelChoice())
+        if not config.tie_word_embeddings:
+            del self.lm_head
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """(B, T) fp32: the score of each token's prefix of its document. Arguments as in Transformer.forward."""
+        hidden = super().forward(input_ids, positions, cu_seqlens, max_seqlen)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self.score.weight[0].float()  # (B, T, H) @ (H,)
+
+    @torch.no_grad()
+    def init_score(self, seed: int) -> None:
+        """Draw the head anew: normal, variance 1/(H+1) (Stiennon et al. 2020; Huang et al. 2024, detail 4.4)."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randn(self.score.weight.shape, generator=generator, device="cpu")
+        self.score.weight.copy_(drawn / math.sqrt(self.config.hidden_size + 1))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        kernels: KernelChoice | None = None,
+    ) -> "RewardModel":
+        """From a folder with a reward model's weights, head and all; or from a language model's, with a new head.
+
+        dtype: of the transformer; the head is fp32. Raises UserError as load_pretrained and checkpoints.load_model do,
+        and for a classifier with another number of labels than one.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        is_classifier = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
+        with torch.device("meta"):
+            model = cls(ModelConfig.from_hf(config), kernels)
+        if is_classifier:
+            if (labels := len(config.get("id2label") or (0, 1))) != 1:
+                raise UserError(f"{folder}: the classifier has {labels} labels; a reward model has one")
+            model.to(dtype).to_empty(device=device)
+            model.score.float()
+            checkpoints.load_model(folder, model)
+            return model
+        model.model = load_pretrained(folder, device, dtype).model
+        model.score.to_empty(device=device)
+        model.init_score(seed)
+        return model
+
+
+def _read_config(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: there is no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: the file is not valid JSON ({error})") from error

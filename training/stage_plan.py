@@ -1,0 +1,154 @@
+"""Which stages does a --config file with `stages` hold, and with which options does each of them run?
+
+Options above the stages are shared; a stage adds its own, which win, and may have a `name`:
+
+    save_dir = "checkpoints/mine"
+
+    [[stages]]
+    stage = "pretrain"
+    data_dir = "data/mine"
+
+    [[stages]]
+    stage = "sft"
+    name = "answers"
+    train_data = "answers.jsonl"
+
+Stage 2 runs in checkpoints/mine/2_answers and starts from the newest checkpoint in checkpoints/mine/1_pretrain. After a
+reward stage, whose result scores texts and writes none, the next stage starts from what that stage started from. A stage
+with an `init_from` of its own starts there. The command line wins over the file in every stage, except that its
+--init_from, like one above the stages, is where the first stage starts.
+"""
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from arguments import did_you_mean
+from errors import UserError
+from training import checkpoints
+from training.config import PRESETS, TrainConfig, _coerce, read_config_file, resolve_config
+
+_OF_THE_RUN = ("save_dir", "checkpoint", "device")  # options that all stages have in common
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_SPECS = {spec.name: spec for spec in fields(TrainConfig)}
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """title: "stage 2 of 3 (answers)"; folder: "2_answers", below --save_dir; options: what the file sets for it."""
+
+    title: str
+    folder: str
+    options: dict[str, Any]
+
+    @property
+    def is_first(self) -> bool:
+        return self.folder.startswith("1_")
+
+    @property
+    def gives_language_model(self) -> bool:
+        return self.options.get("stage") != "reward"
+
+    def given(self, flags: dict[str, Any]) -> dict[str, Any]:
+        """All that this stage is given, as resolve_config takes it: the file's options and, over them, the flags."""
+        sizes = PRESETS.get(flags.get("preset"), {})  # a preset of the command line beats the file's sizes
+        options = {name: value for name, value in self.options.items() if name not in sizes}
+        left_out = ("config",) if self.is_first else ("config", "init_from")
+        return options | {name: value for name, value in flags.items() if name not in left_out}
+
+
+def read_plan(path: str) -> list[PlannedStage]:
+    """The stages of a .toml, .yaml, .yml or .json file; [] for one that has no `stages`. Raises UserError."""
+    content = _read(path)
+    if "stages" not in content:
+        return []
+    tables = content.pop("stages")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"--config {path}: stages must be a list of tables, each with a stage and its options")
+    shared = _checked(content, path)
+    stages = []
+    for number, table in enumerate(tables, start=1):
+        name = str(table.pop("name", table.get("stage", shared.get("stage", "pretrain"))))
+        where = f"{path}, stage {number} ({name})"
+        if not _FOLDER_NAME.fullmatch(name):
+            raise UserError(f"--config {where}: its name becomes a folder; write it with letters, digits, _ and -")
+        options = _checked(table, where)
+        if misplaced := [option for option in _OF_THE_RUN if option in options]:
+            raise UserError(f"--config {where} sets {misplaced[0]}, which all stages share: set it above them")
+        stages.append(PlannedStage(f"stage {number} of {len(tables)} ({name})", f"{number}_{name}", shared | options))
+        shared.pop("init_from", None)
+    return stages
+
+
+def check_plan(stages: list[PlannedStage], flags: dict[str, Any]) -> None:
+    """UserError, naming the stage, for what would stop one of them: found now, and not when its turn comes."""
+    if "stage" in flags:
+        raise UserError("--stage cannot be given with a --config file that has stages: each says which it is")
+    for stage in stages:
+        config, _ = resolve_config(stage.given(flags), validate=False)
+        if config.checkpoint not in (None, "latest"):
+            raise UserError(
+                f"--checkpoint {config.checkpoint}: a file with stages is continued with --checkpoint latest"
+            )
+        if not stage.is_first and config.init_from is None:
+            config = replace(config, init_from="the stage before")
+        try:
+            config.validate()
+        except UserError as error:
+            raise UserError(f"{stage.title}: {error}") from error
+        for option in ("data_dir", "train_data", "eval_data"):
+            if missing := [path for path in getattr(config, option) if not Path(path).exists()]:
+                raise UserError(f"{stage.title}: --{option} {missing[0]} does not exist")
+
+
+def finished_checkpoint(given: dict[str, Any], follows: bool) -> Path | None:
+    """The last checkpoint of a stage that is at its --max_steps, None if it is not. Raises UserError.
+
+    follows: whether it starts from the stage before, which must then still end in what it was started from.
+    """
+    path = checkpoints.resolve("latest", given["save_dir"]).path
+    if path is None:
+        return None
+    state = checkpoints.load_state(path)
+    options = state["options"]
+    if follows and Path(options["init_from"]).parts[-2:] != Path(given["init_from"]).parts[-2:]:
+        raise UserError(
+            f"{path} was trained from {options['init_from']}, but the stage before ends in {given['init_from']} now: remove "
+            f"{given['save_dir']} to train it anew, or run the plan in another --save_dir"
+        )
+    return path if state["step"] >= given.get("max_steps", options["max_steps"]) else None
+
+
+def _read(path: str) -> dict[str, Any]:
+    """What the file holds; nothing where it cannot be read or is broken, which read_config_file then puts in a sentence."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".toml":
+            content = tomllib.loads(text)
+        elif file.suffix == ".json":
+            content = json.loads(text)
+        elif file.suffix in (".yaml", ".yml"):
+            import yaml  # here: only YAML needs it
+
+            content = yaml.safe_load(text)
+        else:
+            content = {}
+    except Exception:
+        read_config_file(path)
+        raise
+    return content if isinstance(content, dict) else {}
+
+
+def _checked(options: dict[str, Any], where: str) -> dict[str, Any]:
+    """The options under their names and of their types. UserError, naming the place, for one that is none or is wrong."""
+    checked = {}
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        if name not in _SPECS:
+            raise UserError(f"--config {where} sets {key!r}, which is not an option{did_you_mean(name, _SPECS)}")
+        checked[name] = _coerce(_SPECS[name], value, where)
+    return checked
