@@ -214,8 +214,13 @@ def _accepted(function: Callable, columns: dict[str, list]) -> dict[str, list]:
 
 def _call_once(function: Callable, keywords: dict[str, list], timeout: float) -> object:
     async def wait(result: object) -> object:
-        async with asyncio.timeout(timeout):
-            return await result
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                return await result
+        except TimeoutError:
+            if limit.expired():  # it came before the watching thread's exception
+                raise CallTimeout from None
+            raise
 
     def call() -> object:
         result = function(**keywords)

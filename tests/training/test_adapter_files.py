@@ -458,7 +458,7 @@ def test_loading_a_base_in_4_bits_never_needs_its_full_weights(tmp_path):
 
     Four layers of 7.1 million weights: 113 MB in the file, 15 MB in NF4. Allowed beside those 15 MB: four times the
     largest weight (768·2304 in fp32: 7.1 MB), which is itself mapped and, in chunks, scaled and compared on the way to
-    4 bits, and 15 MB for what the allocator keeps.
+    4 bits, and 25 MB for what the allocator keeps.
     """
     shape = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 4, "num_attention_heads": 8}
     config = ModelConfig(vocab_size=128, **shape)
@@ -496,5 +496,5 @@ print(peak() - before, sum(tensor.nbytes for tensor in (*model.parameters(), *mo
     stored = (large / "model.safetensors").stat().st_size
     peak, held = measure("streamed")
     assert held < 0.15 * stored
-    assert peak < held + 4 * (4 * 768 * 2304) + 15e6 < 0.6 * stored
+    assert peak < held + 4 * (4 * 768 * 2304) + 25e6 < 0.7 * stored
     assert measure("whole")[0] > stored  # so the measure sees full weights where there are some
