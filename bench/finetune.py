@@ -15,6 +15,8 @@ adapters are fp32, of rank 16, on every linear layer of the blocks. Nobody recom
 
 tokens/s are of the examples' own tokens, without padding, over all steps but the first two. Memory is the largest: on a
 GPU what tensors take, on a CPU the whole process (VmHWM), libraries included; while the model is loaded, and in the steps.
+What is held before the steps is given too, because the libraries of the two sides differ in size. Beside the time of a step
+stands the processor's (all threads'), which on a CPU that others use as well is the one to compare.
 `loss` is that of the last step, which all ways of a task should share. Rows go to bench/results/DEVICE/finetune.json; a
 later call measures what is missing there, everything with --again.
 """
@@ -27,38 +29,31 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from arguments import ArgumentParser  # noqa: E402
+from bench.finetune_data import Settings, in_one_row, in_order, padded, sequences_of, write_random_model  # noqa: E402
 from bench.measure import device_slug, environment, first_line, read_results, synchronize, write_results  # noqa: E402
-from bench.step import ALPHA, LINEAR_LAYERS, RANK, Skipped, llama  # noqa: E402
-from dataprep.chat_template import load_chat_template  # noqa: E402
-from dataprep.encoding_examples import encode_example  # noqa: E402
-from dataprep.examples import read_examples  # noqa: E402
-from dataprep.tokenizers import load_tokenizer  # noqa: E402
+from bench.step import ALPHA, LINEAR_LAYERS, RANK, Skipped  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from kernels.attention import activate, choose_attention  # noqa: E402
 from kernels.choice import choose_kernels  # noqa: E402
-from model import Transformer  # noqa: E402
 from stages.sft import SFT  # noqa: E402
 from train import Run  # noqa: E402
 from training.adapter_files import adapter_state, load_base  # noqa: E402
 from training.adapters import add_adapters, store_after_steps  # noqa: E402
 from training.batches import IGNORE_INDEX, MicroBatch  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
-from training.examples_data import ExampleData, ExampleFeed  # noqa: E402
+from training.examples_data import ExampleFeed  # noqa: E402
 from training.loading import read_shape  # noqa: E402
 from training.optimizers import build_optimizers  # noqa: E402
-from training.packing import Sequence  # noqa: E402
 from training.parallel import Ranks, prepare_model  # noqa: E402
 from training.precision import LossScaler, Precision, choose_precision  # noqa: E402
 
@@ -67,110 +62,6 @@ OWN = ("ours", "ours + compile")
 WAYS = (*OWN, "peft", "peft packed")
 UNTIMED = 2  # the first steps
 LEARNING_RATE = 2e-4
-SMALL = llama(256, 704, 6, 4, 2, 8192)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all ways share. model, data: None for those that are made here."""
-
-    model: str | None
-    data: str | None
-    steps: int
-    batch_size: int
-    micro_batch_size: int
-    max_length: int
-    mixed_precision: str
-
-    @property
-    def name(self) -> str:
-        """What the results are filed under: figures of other settings are not compared."""
-        model = Path(self.model).resolve().name if self.model else "random"
-        data = Path(self.data).name if self.data else "made-up examples"
-        return (
-            f"{model}, {data}, {self.batch_size} x {self.max_length} in micro-batches of {self.micro_batch_size}, "
-            f"precision {self.mixed_precision}, {self.steps} steps"
-        )
-
-
-# ------------------------------------------------------------------------------------------------- model and examples
-
-
-def write_random_model(folder: Path) -> None:
-    """A Hugging Face folder with a Llama of 7M parameters, the same ones each time."""
-    model = Transformer(SMALL)
-    model.init_weights(seed=0, zero_residual=False)
-    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(SMALL.to_hf()), encoding="utf-8")
-
-
-def sequences_of(settings: Settings, folder: Path, vocabulary: int) -> list[Sequence]:
-    """The examples of all steps, in their order."""
-    count = settings.steps * settings.batch_size
-    if settings.data is None:
-        return made_up(count, settings.max_length, vocabulary)
-    tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
-    found: list[Sequence] = []
-    for example in read_examples([settings.data]).examples:
-        found += encode_example(tokenizer, template, example, max_length=settings.max_length).sequences
-        if len(found) >= count:
-            return found[:count]
-    if not found:
-        raise UserError(f"--data {settings.data} holds no example to learn from")
-    return [found[number % len(found)] for number in range(count)]
-
-
-def made_up(count: int, max_length: int, vocabulary: int) -> list[Sequence]:
-    """Sequences as long as instructions are: log-normal around 160 tokens, the last two thirds learned; few tokens
-    are frequent and most rare, so that there is something to learn."""
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(160), 0.7, count).astype(int), 8, max_length)
-    return [
-        Sequence((rng.random(length) ** 3 * vocabulary).astype(np.int64), np.arange(length) >= length // 3)
-        for length in lengths
-    ]
-
-
-def in_order(sequences: list[Sequence]) -> "InOrder":
-    return InOrder([[sequence] for sequence in sequences], seed=0)
-
-
-class InOrder(ExampleData):
-    """Examples one after another as they are, so that every way has the same ones in each step."""
-
-    def numbers(self, first: int, count: int) -> list[int]:
-        return list(range(first, first + count))
-
-
-def padded(sequences: list[Sequence], micro_batch_size: int) -> list[MicroBatch]:
-    """As transformers' collator for causal models lays them out: that many rows at a time, padded to the longest."""
-    batches = []
-    for first in range(0, len(sequences), micro_batch_size):
-        rows = sequences[first : first + micro_batch_size]
-        shape = len(rows), max(len(row.tokens) for row in rows)
-        ids, targets, numbers = (np.full(shape, fill, np.int64) for fill in (0, IGNORE_INDEX, len(rows)))
-        for index, row in enumerate(rows):
-            size = len(row.tokens)
-            ids[index, :size], numbers[index, :size] = row.tokens, index
-            targets[index, : size - 1] = np.where(row.learned[1:], row.tokens[1:], IGNORE_INDEX)
-        batches.append(
-            MicroBatch(
-                input_ids=torch.from_numpy(ids),
-                targets=torch.from_numpy(targets),
-                positions=torch.arange(shape[1]).expand(shape),
-                cu_seqlens=None,
-                weight=int((targets != IGNORE_INDEX).sum()),
-                num_tokens=sum(len(row.tokens) for row in rows),
-                sequence_ids=torch.from_numpy(numbers),
-            )
-        )
-    return batches
-
-
-def in_one_row(batch: MicroBatch) -> MicroBatch:
-    """The rows of a packed micro-batch one behind the other; where a document begins, its positions do."""
-    flat = {name: getattr(batch, name).reshape(1, -1) for name in ("input_ids", "targets", "positions")}
-    return replace(batch, **flat)
 
 
 # ------------------------------------------------------------------------------------------------------------ the ways
@@ -282,8 +173,9 @@ def measure(task: str, way: str, settings: Settings, folder: Path) -> dict:
     loading = peak_gib(device)
     gc.collect()
     reset_peak(device)
+    loaded = peak_gib(device)
     row = time_steps(lambda micro_batches: run.optimizer_step(micro_batches, 1.0, False)[0]["loss"], batches, settings)
-    return row | {"loading_peak_gib": loading, "peak_gib": peak_gib(device)}
+    return row | {"loading_peak_gib": loading, "loaded_gib": loaded, "peak_gib": peak_gib(device)}
 
 
 def time_steps(
@@ -291,14 +183,18 @@ def time_steps(
     batches: Callable[[int], list[MicroBatch]],
     settings: Settings,
 ) -> dict:
-    """{tokens_s, step_ms, first_step_s, first_loss, loss, padding}. step: micro-batches -> (summed loss, targets)."""
+    """{tokens_s, step_ms, processor_ms, first_step_s, tokens, padding, first_loss, loss}.
+
+    step: micro-batches -> (summed loss, targets).
+    """
     laid_out = [batches(number) for number in range(settings.steps)]
-    losses, seconds = [], []
+    losses, seconds, processor_seconds = [], [], []
     for micro_batches in laid_out:
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         total, weight = step(micro_batches)
         losses.append(float(total) / weight)  # waits for the device
         seconds.append(time.perf_counter() - start)
+        processor_seconds.append(time.process_time() - processor_start)
     tokens, places = (
         [sum(count(batch) for batch in micro_batches) for micro_batches in laid_out]
         for count in (lambda batch: batch.num_tokens, lambda batch: batch.input_ids.numel())
@@ -307,6 +203,7 @@ def time_steps(
     return {
         "tokens_s": sum(tokens[UNTIMED:]) / timed,
         "step_ms": 1000 * timed / (settings.steps - UNTIMED),
+        "processor_ms": 1000 * sum(processor_seconds[UNTIMED:]) / (settings.steps - UNTIMED),
         "first_step_s": seconds[0],
         "tokens": sum(tokens),
         "padding": 1 - sum(tokens) / sum(places),
@@ -349,14 +246,11 @@ def in_own_process(task: str, way: str, settings: Settings, folder: Path) -> dic
 def describe(row: dict) -> str:
     if reason := row.get("failed") or row.get("skipped"):
         return f"{'failed' if 'failed' in row else 'left out'}: {reason}"
-    memory = ", ".join(
-        f"{row[name]:.2f} GiB {words}"
-        for name, words in (("peak_gib", "in the steps"), ("loading_peak_gib", "while loading"))
-        if row.get(name) is not None
-    )
+    names = {"peak_gib": "in the steps", "loaded_gib": "before them", "loading_peak_gib": "while loading"}
+    memory = ", ".join(f"{row[name]:.2f} GiB {words}" for name, words in names.items() if row.get(name) is not None)
     return (
-        f"{row['tokens_s']:,.0f} tokens/s, {row['step_ms']:,.0f} ms a step, {memory or 'memory unknown'}, "
-        f"{row['padding']:.0%} padding, loss {row['first_loss']:.5f} -> {row['loss']:.5f}"
+        f"{row['tokens_s']:,.0f} tokens/s, {row['step_ms']:,.0f} ms a step ({row['processor_ms']:,.0f} of the processor), "
+        f"{memory or 'memory unknown'}, {row['padding']:.0%} padding, loss {row['first_loss']:.5f} -> {row['loss']:.5f}"
     )
 
 
@@ -368,19 +262,11 @@ def ratios(rows: dict[str, dict]) -> list[str]:
         for peer in (way for way in WAYS if way not in OWN and way in measured):
             ours, theirs = measured[own], measured[peer]
             sentence = f"{own} / {peer}: {ours['tokens_s'] / theirs['tokens_s']:.2f} times the tokens/s"
+            sentence += f", {ours['processor_ms'] / theirs['processor_ms']:.2f} times the processor's time"
             if ours.get("peak_gib") and theirs.get("peak_gib"):
                 sentence += f", {ours['peak_gib'] / theirs['peak_gib']:.2f} times the memory of the steps"
             sentences.append(f"{sentence}, last loss {ours['loss'] - theirs['loss']:+.1e}")
     return sentences
-
-
-def processor() -> str | None:
-    """The CPU's name, where the system says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -412,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     ways = args.ways or [way for way in WAYS if device.type == "cuda" or way != "ours + compile"]
     path = (args.out or ROOT / "bench" / "results" / device_slug(device)) / "finetune.json"
     results = read_results(path)
-    results["environment"] = environment(device) | {"processor": processor()}
+    results["environment"] = environment(device)
     print(f"{settings.name}; {results['environment']['processor']}, {device_slug(device)}")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(settings.model or made)

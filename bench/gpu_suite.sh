@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What is measured in the first half hour on a GPU? Three parts of under ten minutes each, in order of what matters:
+# What is measured first on a GPU? Four parts of under ten minutes each, in order of what matters:
 #
 #   bash bench/gpu_suite.sh 1    every test on the compiled kernels; norms, SwiGLU, RoPE against their peers
 #   bash bench/gpu_suite.sh 2    the loss and its chunks, LoRA's paths, NF4, attention
 #   bash bench/gpu_suite.sh 3    whole training steps: 124M, 1B, LoRA and QLoRA at 8B
+#   bash bench/gpu_suite.sh 4    fine-tuning beside transformers, peft and bitsandbytes, and what QLoRA keeps for its backward
 #
 # Each takes up what earlier calls left: rows that are there are not measured again, so a part that ran out of time is
 # simply called once more. Nothing is downloaded. Results go to bench/results/DEVICE, or to the folder that the variable
@@ -13,8 +14,8 @@ set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 part=${1:-}
 case $part in
-    1 | 2 | 3) ;;
-    *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    1 | 2 | 3 | 4) ;;
+    *) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
@@ -68,6 +69,10 @@ case $part in
         limited 290 "$python" bench/step.py "${common[@]}" --minutes 4.5 --task qlora lora pretrain \
             --ways eager ours "ours augmented" peft "peft + bitsandbytes" unsloth transformers "transformers + liger"
         limited 260 "$python" bench/step.py "${common[@]}" --minutes 4 --task pretrain qlora lora
+        ;;
+    4)
+        limited 120 "$python" bench/nf4_memory.py --out "$out"
+        limited 450 "$python" bench/finetune.py --out "$out"
         ;;
 esac
 [ "$out" = "$kept" ] && "$python" bench/kernels.py --docs

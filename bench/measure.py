@@ -16,9 +16,10 @@ import statistics
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,39 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def tensor_peak_bytes(call: Call, device: torch.device) -> int:
+    """`peak_bytes` on a CPU too, where the profiler tells every allocation and release of tensors; a library's own
+    working memory (oneDNN's, MKL's) is not among them. Takes far longer than the call, so it is for single ones."""
+    if device.type == "cuda":
+        return peak_bytes(call, device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    del result
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(changes, initial=0))
+
+
+def saved_bytes(forward: Call, held: Iterable[Tensor]) -> int:
+    """What autograd keeps for the backward pass of `forward`, each storage once, without those of `held`: weights, say.
+
+    Counted is what operators save by PyTorch's own means (save_for_backward), bitsandbytes' among them.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result  # until here the graph holds what it keeps, so that no two have one address
+    return sum(kept.values())
+
+
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """‖found − truth‖ / ‖truth‖ in float64; inf where something is not finite; absolute where the truth is zero."""
     found, truth = found.detach().double(), truth.detach().double()
@@ -210,13 +244,27 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    described = {"device": device_slug(device), "versions": versions, "git_commit": git_commit()}
+    described = {
+        "device": device_slug(device),
+        "processor": processor(),
+        "versions": versions,
+        "git_commit": git_commit(),
+    }
     if device.type == "cuda":
         described["device_name"] = torch.cuda.get_device_name(device)
         described["driver"] = _driver_version()
     else:
         described["threads"] = torch.get_num_threads()
     return described
+
+
+def processor() -> str | None:
+    """The CPU's name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _driver_version() -> str | None:

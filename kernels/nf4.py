@@ -28,7 +28,8 @@ QUANTILES = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-CHUNK = 2**22  # values that the PyTorch paths hold in fp32 at a time
+CHUNK = 2**22  # values that the PyTorch paths hold in fp32 at a time, when they quantise
+DECODED = 2**19  # and when they decode: 2 MiB, which a processor's cache holds
 TINY = 1e-38  # what a block of zeros is divided by
 
 
@@ -140,14 +141,18 @@ def _dequantise_into(weight: NF4Weight, out: Tensor) -> None:
     rows, width = weight.shape
     quantiles = torch.tensor(QUANTILES, device=out.device)
     pairs = torch.stack((quantiles.repeat_interleave(16), quantiles.repeat(16)), 1)  # (256, 2): what a byte stands for
+    pairs = pairs.view(torch.int64).view(-1)  # looked up as one number, five times as fast on a CPU
     absmax = _decoded_absmax(weight)
     unit = weight.block // gcd(weight.block, width)
-    step = unit * max(1, CHUNK // (unit * width))
+    step = unit * max(1, DECODED // (unit * width))
     for row in range(0, rows, step):
         first, last = row * width, min(row + step, rows) * width
-        values = pairs.index_select(0, weight.packed[first // 2 : last // 2].int()).view(-1)
-        scales = absmax[first // weight.block : -(-last // weight.block), None]
-        values *= scales.expand(-1, weight.block).reshape(-1)[: len(values)]
+        values = pairs.index_select(0, weight.packed[first // 2 : last // 2].int()).view(torch.float32)
+        scales = absmax[first // weight.block : -(-last // weight.block)]
+        blocks = values[: len(values) // weight.block * weight.block].view(-1, weight.block)
+        blocks *= scales[: len(blocks), None]
+        if blocks.numel() < len(values):  # the last block of the weight is not full
+            values[blocks.numel() :] *= scales[-1]
         out[row : row + step] = values.view(-1, width)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import finetune
-from bench.finetune import Settings, in_one_row, made_up, measure, padded, peak_gib, ratios, reset_peak
+from bench import finetune, finetune_data
+from bench.finetune import measure, peak_gib, ratios, reset_peak
+from bench.finetune_data import Settings, in_one_row, made_up, padded
 from errors import UserError
 from training.batches import IGNORE_INDEX
 from training.examples_data import pack_examples
@@ -27,8 +28,8 @@ def folder(tmp_path_factory):
     """A Hugging Face folder with a Llama of two layers, whose widths are multiples of NF4's 64."""
     made = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "SMALL", finetune.llama(64, 128, 2, 4, 2, 256))
-        finetune.write_random_model(made)
+        patch.setattr(finetune_data, "SMALL", finetune_data.llama(64, 128, 2, 4, 2, 256))
+        finetune_data.write_random_model(made)
     return made
 
 
@@ -114,16 +115,19 @@ def test_a_peer_that_is_not_installed_is_said(monkeypatch, folder):
     row = measure("lora", "peft", SETTINGS, folder)
     assert "peft" in row["skipped"]
     assert finetune.describe(row).startswith("left out: ")
-    assert ratios({"ours": {"tokens_s": 2.0, "peak_gib": None, "loss": 1.0}, "peft": row}) == []
+    assert ratios({"ours": {"tokens_s": 2.0, "processor_ms": 1.0, "peak_gib": None, "loss": 1.0}, "peft": row}) == []
 
 
 def test_ratios_are_ours_over_theirs():
     ours, theirs = (
-        {"tokens_s": 300.0, "peak_gib": 1.0, "loss": 2.0},
-        {"tokens_s": 200.0, "peak_gib": 4.0, "loss": 2.5},
+        {"tokens_s": 300.0, "processor_ms": 7.0, "peak_gib": 1.0, "loss": 2.0},
+        {"tokens_s": 200.0, "processor_ms": 10.0, "peak_gib": 4.0, "loss": 2.5},
     )
     (sentence,) = ratios({"peft": theirs, "ours": ours})
-    assert sentence == "ours / peft: 1.50 times the tokens/s, 0.25 times the memory of the steps, last loss -5.0e-01"
+    assert sentence == (
+        "ours / peft: 1.50 times the tokens/s, 0.70 times the processor's time, 0.25 times the memory of the steps, "
+        "last loss -5.0e-01"
+    )
 
 
 def test_a_call_writes_its_rows_and_a_second_one_measures_nothing_again(tmp_path, folder, capsys):
