@@ -8,18 +8,14 @@
   continue              the same command with --checkpoint latest
   watch                 python utils.py monitor --checkpoint_dir ./checkpoints
 
-The story, top to bottom: read the options, open the data, build the model, print the plan, loop, leave.
+The story, top to bottom: read the options, open the data, print the plan, build the model, loop, leave.
 """
 
-import argparse
+import contextlib
 import dataclasses
-import gc
 import math
-import os
-import signal
-import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -35,14 +31,14 @@ from kernels.attention import activate, choose_attention, describe_attention
 from kernels.choice import choose_kernels, describe_kernels
 from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.ppo import PPO
-from tools import merge
+from tools.run_plan import run_plan
 from training import checkpoints
 from training.batches import MicroBatch
 from training.config import TrainConfig, add_options, resolve_config
-from training.description import describe_run, device_name, git_commit, versions
+from training.description import describe_run, device_name, git_commit, next_command, versions
 from training.generation import stream_text
-from training.loading import build_model, checkpoint_parts, find_base, make_optimizers, read_shape
-from training.metrics import Clock, RunLog, TrainRow, memory_gb, peak_tflops
+from training.loading import build_model, checkpoint_parts, find_base, make_optimizers, read_shape, reward_adapter
+from training.metrics import Clock, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
 from training.parallel import (
     Ranks,
     StopRequest,
@@ -53,12 +49,12 @@ from training.parallel import (
     stop_ranks,
     unwrap,
 )  # fmt: skip
-from training.plan import RunPlan, format_plan, model_shape, plan_run
+from training.plan import RunPlan, example_sizes, format_plan, model_shape, plan_run
 from training.precision import LossScaler, Precision, choose_precision
+from training.resume import check_data_order, find_checkpoint
 from training.run_files import read_history
-from training.save_folder import from_rank_0, read_json
 from training.schedule import learning_rate_factor
-from training.stage_plan import PlannedStage, check_plan, finished_checkpoint, read_plan
+from training.stage_plan import check_plan, read_plan
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
 MAX_FAILED_SAVES = 3
@@ -74,13 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     if stages:
         check_plan(stages, given)
     elif first_look.checkpoint is None:  # else the checkpoint may still give what is missing
-        first_look.validate()
+        resolve_config(given)
     ranks = start_ranks(first_look.device)
     if stages:
-        exit_code = run_plan(stages, given, first_look, ranks)
+        exit_code = run_plan(stages, given, first_look, ranks, run_stage)
     else:
         finished, stop = run_stage(given, ranks)
-        exit_code = 0 if finished else 128 + agreed_signal(stop, ranks)
+        exit_code = 0 if finished else 128 + stop.agreed(ranks)
     stop_ranks(ranks, exit_code)
     return exit_code
 
@@ -92,13 +88,30 @@ def run_stage(
 
     from_file: of a stage of a plan, the options in `given` that come from its file and not from the command line.
     """
+    save_dir = resolve_config(given, validate=False)[0].save_dir
+    checkpoints.write_probe(save_dir)
+    with checkpoints.lock(save_dir):
+        checkpoints.clean(save_dir)
+        run = build_run(given, ranks, from_file)
+        start_step, stop = run.step, StopRequest()
+        with failures_recorded(run):
+            loop(run, stop)
+        finished = run.step >= run.config.max_steps
+        if run.step > start_step:
+            received = stop.agreed(ranks)
+            event, words = ("finish", "finished") if finished else ("stop", f"stopped by {received.name}")
+            advice = next_command(run.config, finished, in_plan=from_file is not None)
+            run.log.event(run.step, event, f"{words} at step {run.step:,}; {advice}")
+        run.log.status("finished" if finished else "stopped", run.step)
+        run.log.close()
+    return finished, stop
+
+
+def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | None) -> "Run":
+    """Everything that the loop needs, checked and announced, at step 0 or where a checkpoint left off."""
     # ---------------------------------------------------------------------------------------------------------- options
-    first_look, _ = resolve_config(given, validate=False)
-    checkpoints.write_probe(first_look.save_dir)
-    lock = checkpoints.lock(first_look.save_dir)
-    checkpoints.clean(first_look.save_dir)
-    resumed_from, saved = find_checkpoint(first_look)
-    config, origins = resolve_config(given, saved.get("options"))
+    resumed_from, saved = find_checkpoint(resolve_config(given, validate=False)[0])
+    config, origins = resolve_config(given, saved.get("options"), in_plan=from_file is not None)
     origins |= dict.fromkeys(from_file or (), "config file")
     if config.batch_size < ranks.world_size:
         raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
@@ -117,29 +130,16 @@ def run_stage(
     data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings)
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
     if config.stage != "pretrain" and origins["max_steps"] == "default":
-        epochs = config.num_epochs or (3.0 if config.stage == "sft" else 1.0)
-        phases = math.ceil(epochs * data.num_samples / (config.batch_size * config.num_minibatches))
-        config = dataclasses.replace(config, max_steps=phases * config.steps_per_phase)
-
-    # ------------------------------------------------------------------------------------------------ model, optimizers
-    tokenizer = data.tokenizer
-    shape = base_shape or model_shape(config, tokenizer.vocab_size, data.max_length, tokenizer.eos_token_id)
-    raw_model = build_model(
-        config, shape, base, resumed_from, kernels=kernels, num_real_tokens=tokenizer.vocab_size, device=ranks.device,
-        precision=precision,
-    )  # fmt: skip
-    optimizers = make_optimizers(config, raw_model, resumed_from, precision)
-    scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
-    if resumed_from:
-        scaler.load(saved["scaler"])
-        if saved["world_size"] == ranks.world_size:
-            checkpoints.set_rng_state(saved["rng"][ranks.rank])
-    model = prepare_model(raw_model, ranks, compile_model=config.compile_model)
+        config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
 
     # ------------------------------------------------------------------------------------------------------------- plan
+    tokenizer = data.tokenizer
+    shape = base_shape or model_shape(config, tokenizer.vocab_size, data.max_length, tokenizer.eos_token_id)
     plan = plan_run(
         config, shape, max_length=data.max_length, world_size=ranks.world_size,
         half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
+        judge_over_base=base is not None and reward_adapter(config, base) is not None,
+        **example_sizes(config, data.train),
     )  # fmt: skip
     peak = config.peak_tflops or peak_tflops(ranks.device, precision.dtype)
     described_attention = describe_attention(attention, ranks.device, precision.dtype, head_dim=shape.head_dim)
@@ -156,116 +156,53 @@ def run_stage(
     )  # fmt: skip
     for sentence in data.report:
         log.say(sentence)
+
+    # ------------------------------------------------------------------------------------------------ model, optimizers
+    raw_model = build_model(
+        config, shape, base, resumed_from, kernels=kernels, num_real_tokens=tokenizer.vocab_size, device=ranks.device,
+        precision=precision, rows=plan.micro_batch_size * data.max_length,
+    )  # fmt: skip
+    optimizers = make_optimizers(config, raw_model, resumed_from, precision)
+    scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
+    if resumed_from:
+        scaler.load(saved["scaler"])
+        if saved["world_size"] == ranks.world_size:
+            checkpoints.set_rng_state(saved["rng"][ranks.rank])
+    model = prepare_model(raw_model, ranks, compile_model=config.compile_model)
     table = {**dataclasses.asdict(kernels), "attention": described_attention}
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, table))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
     stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size)
-    run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
-    run.step, run.samples = start_step, saved.get("samples_consumed", 0)
     if isinstance(stage, PPO) and resumed_from:
         stage.load_state(saved["stage"])
+    run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
+    run.step, run.samples = start_step, saved.get("samples_consumed", 0)
     run.tokens = saved.get("tokens_consumed", run.samples * data.max_length)
+    return run
 
-    # ------------------------------------------------------------------------------------------------------------ train
-    stop = StopRequest()
+
+@contextlib.contextmanager
+def failures_recorded(run: "Run") -> Iterator[None]:
+    """Whatever ends the run early is written where `utils.py monitor` reads it; UserError for too little memory."""
     try:
-        loop(run, stop)
+        yield
     except torch.OutOfMemoryError as error:
-        log.status("failed", run.step, "out of memory")
+        run.log.status("failed", run.step, "out of memory")
         raise UserError(
-            f"{ranks.device} ran out of memory at step {run.step} with micro-batches of {plan.micro_batch_size}; lower "
-            "--micro_batch_size (the batch, and so the result, stays the same) and go on with --checkpoint latest"
+            f"{run.ranks.device} ran out of memory at step {run.step} with micro-batches of {run.plan.micro_batch_size}; "
+            "lower --micro_batch_size (the batch, and so the result, stays the same) and go on with --checkpoint latest"
         ) from error
     except BaseException as error:
-        log.status("failed", run.step, str(error))
+        run.log.status("failed", run.step, str(error))
         raise
-
-    # ------------------------------------------------------------------------------------------------------------ leave
-    finished = run.step >= config.max_steps
-    if run.step > start_step:
-        received = agreed_signal(stop, ranks)
-        event, words = ("finish", "finished") if finished else ("stop", f"stopped by {received.name}")
-        advice = next_command(config, finished, in_plan=from_file is not None)
-        log.event(run.step, event, f"{words} at step {run.step:,}; {advice}")
-    log.status("finished" if finished else "stopped", run.step)
-    log.close()
-    lock.close()
-    return finished, stop
-
-
-def run_plan(stages: list[PlannedStage], flags: dict[str, Any], shared: TrainConfig, ranks: Ranks) -> int:
-    """Run the stages one after another, each in its folder below --save_dir and from what came before; the exit code.
-
-    With --checkpoint latest the finished ones are left as they are. A signal stops the plan: the next stage is not begun.
-    """
-    root = Path(shared.save_dir)
-    resuming = shared.checkpoint == "latest" or was_restarted()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    before: dict[str, Any] | None = None  # what the last stage that gave a language model was given
-    checkpoints.write_probe(root)
-    with checkpoints.lock(root):
-        for stage in stages:
-            given = stage.given(flags) | {"save_dir": str(root / stage.folder)}
-            follows = before is not None and "init_from" not in given
-            if follows:
-                given["init_from"] = str(language_model_of(before))
-            done = finished_checkpoint(given, follows) if resuming else None
-            if ranks.is_main:
-                print(f"{stage.title}: " + (f"finished already, {done}" if done else given["save_dir"]), flush=True)
-            if done is None:
-                finished, stop = run_stage(given, ranks, from_file=given.keys() - flags.keys())
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)  # while the next stage is set up, a signal ends the process
-                received = agreed_signal(stop, ranks)
-                if received and not (finished and stage is stages[-1]):
-                    return 128 + received
-                release_memory(ranks.device, compiled=given.get("compile_model", False))
-            if stage.gives_language_model:
-                before = given
-    return 0
-
-
-def release_memory(device: torch.device, compiled: bool) -> None:
-    """Give back what a finished stage leaves behind: models in cycles of references, and code compiled for them."""
-    gc.collect()
-    if compiled:
-        torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def language_model_of(given: dict[str, Any]) -> Path:
-    """What a finished stage leaves: its newest checkpoint, or, of adapters, what they make of their base, in merged/.
-
-    Every rank calls it; rank 0 merges. Raises UserError.
-    """
-    save_dir = Path(given["save_dir"])
-    checkpoint = checkpoints.resolve(save_dir, save_dir).path
-    if not (checkpoint / checkpoints.ADAPTER_CONFIG).exists():
-        return checkpoint
-    base, merged = find_base(given["init_from"]), save_dir / "merged"
-    checkpoints.clean(save_dir)  # of a merge that was cut short
-
-    def make() -> None:
-        if not merged.exists():
-            merge.main(argparse.Namespace(base=base, adapter=checkpoint, output=merged, dtype=None, merge_into="auto"))
-        elif (made_of := Path(read_json(merged / merge.RECORD)["adapter"]["folder"]).name) != checkpoint.name:
-            raise UserError(
-                f"{merged} was made of {made_of}, and {save_dir} has gone on to {checkpoint.name}: remove {merged} and the "
-                "folders of the stages that started from it, or run the plan in another --save_dir"
-            )
-
-    from_rank_0(make)
-    return merged
 
 
 def loop(run: "Run", stop: StopRequest) -> None:
     """Train from run.step to --max_steps, or until a rank was asked to stop; that step is finished and saved first."""
     config, log = run.config, run.log
     if run.step >= config.max_steps:
-        return log.event(
-            run.step, "finish", f"nothing to do: the run is at step {run.step} of --max_steps {config.max_steps}"
-        )
+        words = f"nothing to do: the run is at step {run.step} of --max_steps {config.max_steps}"
+        return log.event(run.step, "finish", words)
     batches = run.stage.batches(run.samples)
     first = next(batches)
     settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
@@ -380,11 +317,8 @@ class Run:
     def give_up_if_diverged(self, step: int) -> None:
         bad = int(self.bad_steps.item())
         if bad and not self.scaler.enabled:
-            self.log.event(
-                step,
-                "nan",
-                f"step {step:,}: the gradient is not finite ({bad} steps in a row); the update was left out",
-            )
+            words = f"step {step:,}: the gradient is not finite ({bad} steps in a row); the update was left out"
+            self.log.event(step, "nan", words)
         if bad >= MAX_BAD_STEPS * (4 if self.scaler.enabled else 1):  # the scaler needs some steps to find its scale
             self.log.status("failed", step, f"no finite gradient for {bad} steps")
             raise UserError(
@@ -443,8 +377,8 @@ class Run:
             )  # fmt: skip
             self.log.sample(step, self.config.sample_prompt, "".join(text))
         from training.plots import (
-            plot_runs,  # here: matplotlib takes seconds to import, and a short run may draw nothing
-        )
+            plot_runs,
+        )  # here: it imports matplotlib for seconds, and a short run may draw nothing
 
         plot_runs([read_history(self.config.save_dir)], Path(self.config.save_dir) / "curves.png")
 
@@ -460,67 +394,6 @@ class Run:
         if self.ranks.sum([float(is_best)])[0]:
             self.best_loss = loss
             checkpoints.mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
-
-
-def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
-    """(the checkpoint to resume from or None, its saved state). A worker that torchrun restarted resumes by itself."""
-    which = config.checkpoint
-    if which is None and was_restarted():
-        which = "latest"
-    if which is None:
-        if existing := checkpoints.list_checkpoints(config.save_dir):
-            raise UserError(
-                f"--save_dir {config.save_dir} already holds a run at step {existing[-1][0]}: continue it with "
-                "--checkpoint latest, or choose another --save_dir"
-            )
-        return None, {}
-    found = checkpoints.resolve(which, config.save_dir)
-    for path, reason in found.skipped:
-        print(f"warning: skipped {path}: {reason}", file=sys.stderr)
-    if found.path is None:
-        if found.skipped:
-            raise UserError(f"no checkpoint in {config.save_dir} is whole; to start anew choose another --save_dir")
-        print(f"no checkpoint in {config.save_dir} yet: starting at step 0", file=sys.stderr)
-        return None, {}
-    state = checkpoints.load_state(found.path)
-    newer = [path for step, path in checkpoints.list_checkpoints(config.save_dir) if step > state["step"]]
-    if set(newer) - {path for path, _ in found.skipped}:
-        raise UserError(
-            f"--save_dir {config.save_dir} holds {newer[-1].name}, which is newer than {found.path}: to go on from an "
-            "earlier step choose another --save_dir"
-        )
-    return found.path, state
-
-
-def was_restarted() -> bool:
-    """Whether torchrun has started this worker again after a crash."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def agreed_signal(stop: StopRequest, ranks: Ranks) -> signal.Signals | None:
-    """The signal that a rank was sent, the same one on all of them; None without one. Every rank calls it."""
-    received = ranks.sum([float(stop.signal or 0) * (rank == ranks.rank) for rank in range(ranks.world_size)])
-    return signal.Signals(int(max(received))) if any(received) else None
-
-
-def check_data_order(saved: dict, now: dict, checkpoint: Path | None) -> None:
-    """UserError when a resumed run would see other samples than the run it continues."""
-    flags = {"fingerprints": "--data_dir", "weights": "--data_weights"}
-    for name, value in now.items():
-        if saved.get(name) != value:
-            raise UserError(
-                f"{checkpoint} was trained with {flags.get(name, '--' + name)} {saved.get(name)}, this run has {value}; "
-                "give the same data and options, or start a new run in another --save_dir"
-            )
-
-
-def reduce_metrics(metrics: dict[str, tuple[Tensor, float]], ranks: Ranks) -> dict[str, float]:
-    """{metric: mean over all ranks} from each rank's (sum, weight)."""
-    flat = [float(part) for name in sorted(metrics) for part in metrics[name]]
-    total = ranks.sum(flat)
-    sums = {name: (total[2 * i], total[2 * i + 1]) for i, name in enumerate(sorted(metrics))}
-    # a figure that no example of the step has, such as that of rejected answers, is left out; the loss is always there
-    return {name: value / max(1.0, weight) for name, (value, weight) in sums.items() if weight or name == "loss"}
 
 
 def train_row(run: Run, figures: dict[str, float], lr_factor: float, grad_norm: Tensor, clock: Clock) -> TrainRow:
@@ -545,19 +418,6 @@ def train_row(run: Run, figures: dict[str, float], lr_factor: float, grad_norm: 
         mem_gb=used,
         mem_reserved_gb=reserved,
     )
-
-
-def next_command(config: TrainConfig, finished: bool, in_plan: bool) -> str:
-    if finished:
-        prompt = config.sample_prompt.strip() or "Hello"
-        if config.stage == "pretrain":
-            return f"try: python utils.py generate --checkpoint {config.save_dir} --prompt {prompt!r}"
-        if config.stage == "reward":
-            return f"give it to --stage ppo or grpo as --reward_model {config.save_dir}"
-        return f"try: python utils.py chat --checkpoint {config.save_dir}"
-    if in_plan:
-        return "go on with the same command and --checkpoint latest"
-    return f"go on with: python train.py --save_dir {config.save_dir} --checkpoint latest"
 
 
 if __name__ == "__main__":

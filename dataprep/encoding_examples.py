@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataprep.chat_template import ChatTemplate, RefusedMessagesError, encode_messages, end_of_turn_id
+from dataprep.chat_template import ChatTemplate, RefusedMessagesError
+from dataprep.chat_tokens import encode_messages, end_of_turn_id
 from dataprep.examples import Example, Message
 from dataprep.tokenizers import Tokenizer
 from training.packing import Sequence

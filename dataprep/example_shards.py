@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataprep.assemble import SHARDS_FOLDER, publish
-from dataprep.chat_template import ChatTemplate, describe_template, load_chat_template
+from dataprep.chat_template import ChatTemplate, load_chat_template
+from dataprep.chat_tokens import describe_template
 from dataprep.encoding_examples import encode_example, show_example
 from dataprep.examples import ExampleSet, read_examples
-from dataprep.pipeline import STATE_FOLDER, _locked
+from dataprep.pipeline import STATE_FOLDER, locked_folder
 from dataprep.progress import Progress
 from dataprep.shards import (
     DATASET_FOLDER,
@@ -108,7 +109,7 @@ def prepare_examples(options: ExampleOptions, progress: Progress) -> Metadata:
         "template": template_digest(template), "tokenizer_sha256": tokenizer.sha256,
     }  # fmt: skip
     sources = [_describe_source(path, options.input_dir) for path in paths]
-    with _locked(options.output_dir):
+    with locked_folder(options.output_dir):
         if (existing := _existing(options, recorded, sources)) is not None:
             progress.say(f"{options.output_dir} is up to date: same input and options")
             return existing

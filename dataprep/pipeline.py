@@ -152,7 +152,7 @@ def prepare(options: Options, progress: Progress) -> Metadata:
         raise UserError(f"--output_dir {output_dir} is the input folder; choose another")
     found = discover(input_dir, tuple(e.lower() for e in options.text_extensions), exclude=output_dir)
     _require_files(found, input_dir)
-    with _locked(output_dir):
+    with locked_folder(output_dir):
         total = sum(file.size for file in found.files)
         plan = Plan(
             input_dir,
@@ -187,7 +187,7 @@ def prepare(options: Options, progress: Progress) -> Metadata:
 
 
 @contextmanager
-def _locked(output_dir: Path) -> Iterator[None]:
+def locked_folder(output_dir: Path) -> Iterator[None]:
     """Make the output folder and keep other runs out of it; the lock ends with this process, however it ends."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

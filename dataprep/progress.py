@@ -18,12 +18,12 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        self._clear()
+        self.clear()
         encoding = self._stream.encoding or "utf-8"
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=self._stream, flush=True)
 
-    def show(self, phase: str, done: float, total: float, started: float) -> None:
-        """Redraw the live line: done and total in bytes, started by time.monotonic()."""
+    def show(self, phase: str, done: float, total: float, started: float, unit: str | None = None) -> None:
+        """Redraw the live line: done and total in bytes, or in what `unit` names; started by time.monotonic()."""
         now = time.monotonic()
         if not self._live or now - self._drawn < _REDRAW_SECONDS or not total:
             return
@@ -31,12 +31,16 @@ class Progress:
         seconds = max(now - started, 1e-9)
         left = duration(seconds * (total - done) / done) if done else "?"
         share = min(1.0, done / total)
-        rate = done / seconds / 1e6
-        line = f"{phase} {share:4.0%}  {megabytes(done)} of {megabytes(total)}  {rate:.1f} MB/s  {left} left"
+        if unit is None:
+            much = f"{megabytes(done)} of {megabytes(total)}  {done / seconds / 1e6:.1f} MB/s"
+        else:
+            much = f"{done:,} of {total:,} {unit}  {done / seconds:,.1f} {unit}/s"
+        line = f"{phase} {share:4.0%}  {much}  {left} left"
         print(f"\r\x1b[K{line}", end="", file=self._stream, flush=True)
         self._shown = True
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Take the live line away."""
         if self._shown:
             print("\r\x1b[K", end="", file=self._stream, flush=True)
             self._shown = False

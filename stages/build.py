@@ -8,32 +8,35 @@ import hashlib
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from dataprep.chat_template import ChatTemplate, describe_template, load_chat_template, stop_token_ids
+from dataprep.chat_template import ChatTemplate, load_chat_template
+from dataprep.chat_tokens import describe_template, stop_token_ids
 from dataprep.encoding_examples import encode_example, show_example
 from dataprep.example_shards import FORMATS, ExampleShards, template_digest
 from dataprep.examples import Example, ExampleSet, read_examples
 from dataprep.shards import Metadata, load_metadata, open_split
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
-from stages.dpo import DPO, KTO, reference_logprobs, with_mismatches, with_reference
+from model import Transformer
+from stages.dpo import DPO, KTO, with_mismatches
 from stages.grpo import GRPO
 from stages.ppo import PPO
 from stages.preference_losses import WITHOUT_REFERENCE
 from stages.pretrain import Pretrain
+from stages.reference_cache import with_kept_reference
 from stages.reward import Reward as RewardStage
 from stages.rewards import Reward, load_reward, model_reward
 from stages.sft import SFT
-from training.actor_critic import scores_of
+from training.actor_critic import REWARD_ADAPTER, REWARD_HEAD, scores_of
 from training.adapter_files import load_base
+from training.adapters import adapter_settings
 from training.batches import TrainingData, Windows, open_training_data
 from training.config import TrainConfig
 from training.examples_data import ExampleData, ExampleFeed
@@ -42,11 +45,9 @@ from training.packing import Sequence
 from training.parallel import Ranks, unwrap
 from training.precision import Precision
 from training.rollouts import Prompt, RolloutSchedule, Sampling
-from training.save_folder import list_checkpoints
-from training.scalar_head import RewardModel
+from training.scalar_head import RewardModel, padding_files
 
 Stage = Pretrain | SFT | RewardStage | DPO | KTO | GRPO | PPO
-REFERENCE_FILE = "reference_logprobs.safetensors"
 
 DEFAULT_LENGTH = 2048  # of fine-tuning's rows, where the model allows more
 _KINDS = {  # what each stage can learn from
@@ -106,7 +107,7 @@ def build_stage(
         return SFT(feed, neftune_alpha=config.neftune_alpha)
     if config.stage == "reward":
         return RewardStage(feed, centring=config.center_rewards)
-    return _preference_stage(config, feed, model)
+    return _preference_stage(config, data, feed, model)
 
 
 # --------------------------------------------------------------------------------------------------------- pretraining
@@ -205,6 +206,8 @@ def _open_examples(config: TrainConfig, base: Path, context: int) -> StageData:
     }  # fmt: skip
     stops = tuple(stop_token_ids(tokenizer, template))
     files = {"chat_template.jinja": template.source.encode()}
+    if config.stage == "reward":
+        files |= padding_files(base)
     if config.stage in ("grpo", "ppo"):
         return StageData(base, tokenizer, max_length, order, len(train), train, held_out, report, stops, files)
     return StageData(
@@ -308,7 +311,8 @@ def _reinforcement_stage(
         reference = load_base(data.tokenizer_folder, dtype=precision.dtype, device=device).eval()
     shared = {
         "model": unwrap(model), "prompts": data.train, "eval_prompts": data.held_out,
-        "rewards": _rewards(config, data, device, precision, micro_batch_size), "decode": data.tokenizer.decode,
+        "rewards": _rewards(config, data, unwrap(model), device, precision, micro_batch_size),
+        "decode": data.tokenizer.decode,
         "ranks": ranks, "precision": precision,
         "sampling": Sampling(
             config.max_new_tokens, config.temperature, data.stop_ids, data.tokenizer.vocab_size, config.rollout_batch_size
@@ -326,13 +330,15 @@ def _reinforcement_stage(
         )  # fmt: skip
     return PPO(
         **shared, clip=config.clip_high or 0.2, kl_coefficient=0.05 if kl is None else kl, kl_target=config.kl_target,
-        missing_eos_penalty=config.missing_eos_penalty,
+        missing_eos_penalty=config.missing_eos_penalty, discount=config.discount, trace=config.gae_lambda,
+        value_coefficient=config.value_coefficient, value_clip=config.value_clip, whiten_rewards=config.whiten_rewards,
     )  # fmt: skip
 
 
 def _rewards(
-    config: TrainConfig, data: StageData, device: torch.device, precision: Precision, micro_batch_size: int
-) -> list[Reward]:
+    config: TrainConfig, data: StageData, model: nn.Module, device: torch.device, precision: Precision,
+    micro_batch_size: int,
+) -> list[Reward]:  # fmt: skip
     """The judges of --reward_function and --reward_model, with their weights."""
     functions = [load_reward(name) for name in config.reward_function]
     weights = config.reward_weights or [1.0] * (len(functions) + 1)
@@ -341,50 +347,36 @@ def _rewards(
         for name, function, weight in zip(config.reward_function, functions, weights, strict=False)
     ]
     if config.reward_model:
-        folder = find_base(config.reward_model)
-        if load_tokenizer(folder).sha256 != data.tokenizer.sha256:
-            raise UserError(f"--reward_model {folder} has another tokenizer than the model that is trained")
-        judge = RewardModel.from_pretrained(folder, seed=0, device=device, dtype=precision.dtype).eval()
         scores = model_reward(
-            scores_of(judge), device=device, precision=precision, max_length=data.max_length,
-            micro_batch_size=micro_batch_size,
+            _judge(config, data, getattr(model, "policy", model), device, precision), device=device, precision=precision,
+            max_length=data.max_length, micro_batch_size=micro_batch_size,
         )  # fmt: skip
         rewards.append(Reward("reward_model", scores, weights[len(functions)], on_tokens=True))
     return rewards
 
 
-def _preference_stage(config: TrainConfig, feed: ExampleFeed, model: nn.Module) -> DPO | KTO:
+def _judge(
+    config: TrainConfig, data: StageData, policy: Transformer, device: torch.device, precision: Precision
+) -> Callable:
+    """What scores prefixes: the adapter "reward" of the policy's own model, or a model beside it."""
+    if REWARD_ADAPTER in adapter_settings(policy):
+        return scores_of(policy, REWARD_ADAPTER, getattr(policy, REWARD_HEAD))
+    folder = find_base(config.reward_model, "--reward_model")
+    if load_tokenizer(folder).sha256 != data.tokenizer.sha256:
+        raise UserError(f"--reward_model {folder} has another tokenizer than the model that is trained")
+    return scores_of(RewardModel.from_pretrained(folder, seed=0, device=device, dtype=precision.dtype).eval())
+
+
+def _preference_stage(config: TrainConfig, data: StageData, feed: ExampleFeed, model: nn.Module) -> DPO | KTO:
     """With the reference's log-probabilities beside the examples, where they are not those of a model without adapters."""
     if not config.lora and config.dpo_loss not in WITHOUT_REFERENCE:
-        feed = _with_reference(config, feed, model)
+        feed = with_kept_reference(config, feed, model, base=data.tokenizer_folder, order=data.order)
     if config.dpo_loss == "kto":
-        return KTO(feed, model, beta=config.dpo_beta)
+        weights = config.kto_desirable_weight, config.kto_undesirable_weight
+        return KTO(feed, model, config.dpo_beta, *weights)
     return DPO(
         feed, config.dpo_loss, beta=config.dpo_beta, label_smoothing=config.label_smoothing, gamma=config.simpo_gamma
     )  # fmt: skip
-
-
-def _with_reference(config: TrainConfig, feed: ExampleFeed, model: nn.Module) -> ExampleFeed:
-    """Made once, by the model that the run starts from, and kept in the run's folder for when it is resumed."""
-    path = Path(config.save_dir) / REFERENCE_FILE
-    sets = {"train": feed.data} | ({"held_out": feed.validation} if feed.validation else {})
-    if list_checkpoints(config.save_dir):
-        try:
-            found = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}, the reference of this run, cannot be read ({error}); start a new run") from error
-    else:
-        found = {
-            name: reference_logprobs(
-                model, data, max_length=feed.max_length, micro_batch_size=feed.micro_batch_size, ranks=feed.ranks,
-                precision=feed.precision,
-            )
-            for name, data in sets.items()
-        }  # fmt: skip
-        if feed.ranks.is_main:
-            save_file(found, path)
-    made = {name: with_reference(data, found[name]) for name, data in sets.items()}
-    return replace(feed, data=made["train"], validation=made.get("held_out"))
 
 
 def _named(config: TrainConfig) -> str:

@@ -5,6 +5,7 @@ not. The reference is the model at the start of training: with LoRA the same wei
 the same step; else its log-probabilities are computed once, before training, and travel beside the sequences.
 """
 
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataprep.progress import Progress
 from errors import UserError
 from kernels.linear_cross_entropy import token_statistics
 from stages import preference_losses
@@ -60,17 +62,21 @@ def reference_logprobs(
 ) -> np.ndarray:  # fmt: skip
     """(sequences,) float32 log-probabilities of all sequences of all examples, in order, under the model as it is.
 
-    Every rank calls it, computes its part and gets the whole.
+    Every rank calls it, computes its part and gets the whole. On a terminal the first one shows how far it is.
     """
     inner, counts = unwrap(model), [len(group) for group in data.groups]
     begin, end = (len(counts) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
     found = np.zeros(sum(counts))
-    place = sum(counts[:begin])
+    place = first = sum(counts[:begin])
+    progress, started, share = Progress(), time.monotonic(), sum(counts[begin:end])
     with torch.no_grad(), without_dropout(inner), precision.autocast(ranks.device):
         for batch in pack_examples(data.groups[begin:end], max_length, micro_batch_size):
             logprobs = sequence_logprobs(inner, batch.to(ranks.device)).float().cpu().numpy()
             found[place : place + len(logprobs)] = logprobs
             place += len(logprobs)
+            if ranks.is_main:
+                progress.show("reference", place - first, share, started, "sequences")
+    progress.clear()
     return np.array(ranks.sum(found.tolist()), dtype=np.float32)
 
 

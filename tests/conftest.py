@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
-    """Without `-m gpu`, Triton kernels run under Triton's interpreter. It must be chosen before a kernel is defined, so
-    a test process has either the interpreter or the compiler; tests that compile start a process of their own."""
+    """Nothing is asked of the network. Without `-m gpu`, Triton kernels run under Triton's interpreter. It must be chosen
+    before a kernel is defined, so a test process has either the interpreter or the compiler; tests that compile start a
+    process of their own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
     if config.option.markexpr.replace("not gpu", "").find("gpu") < 0 and importlib.util.find_spec("triton"):
         os.environ["TRITON_INTERPRET"] = "1"
         interpreter_bf16.patch()

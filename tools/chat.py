@@ -17,14 +17,8 @@ from pathlib import Path
 import torch
 
 from arguments import ArgumentParser
-from dataprep.chat_template import (
-    ChatTemplate,
-    describe_template,
-    encode_messages,
-    end_of_turn_id,
-    load_chat_template,
-    stop_token_ids,
-)
+from dataprep.chat_template import ChatTemplate, load_chat_template
+from dataprep.chat_tokens import describe_template, encode_messages, end_of_turn_id, stop_token_ids
 from dataprep.examples import Message
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError

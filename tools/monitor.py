@@ -46,6 +46,7 @@ from training.run_files import (
     robust_range,
     smoothed,
 )
+from training.stage_figures import figures_of, last_figures, shared_figures, stage_of
 
 _WIDE = 100  # columns from which the table is readable
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
@@ -139,7 +140,8 @@ def render(views: Sequence[RunView], console: Console, height: int | None = None
     now = time.time()
     above: list[RenderableType] = [_table(views, now)] if console.width >= _WIDE else [_block(v, now) for v in views]
     above += _warnings(views)
-    below: list[RenderableType] = [line for view in views for line in _sparklines(view, console.width)]
+    below: list[RenderableType] = [line for view in views for line in _stage_line(view)]
+    below += [line for view in views for line in _sparklines(view, console.width)]
     below += [_checkpoint_line(view, len(views) > 1, now) for view in views]
     below += [part for view in views for part in _sample(view, len(views) > 1, console)]
     lines = _CHART_LINES
@@ -152,15 +154,11 @@ def render(views: Sequence[RunView], console: Console, height: int | None = None
 def _table(views: Sequence[RunView], now: float) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), expand=True, header_style="dim", collapse_padding=True)
     table.add_column("run\nmodel", ratio=1, no_wrap=True, overflow="ellipsis")
-    for header in (
-        "step\nprogress",
-        "loss\nEMA",
-        "val\nbest",
-        "bits\n/byte",
-        "lr\n|grad|",
-        "tok/s\ntokens",
-        "MFU\nmemory",
-    ):
+    curves = sorted({figures_of(view.run).curve for view in views})
+    has_text = any(stage_of(view.run) == "pretrain" for view in views)  # whose bytes are counted
+    headers = ["step\nprogress", "\n".join(curves) if len(curves) > 1 else f"{curves[0]}\nEMA", "val\nbest"]
+    headers += ["bits\n/byte"] * has_text + ["lr\n|grad|", "tok/s\ntokens", "MFU\nmemory"]
+    for header in headers:
         table.add_column(header, no_wrap=True)
     table.add_column("left\nends", no_wrap=True)
     table.add_column("state\nheartbeat", no_wrap=True)
@@ -169,9 +167,9 @@ def _table(views: Sequence[RunView], now: float) -> Table:
         cells = [
             (f"{view.mark} {view.run.name}", f["what"]),
             (f["step"], f["bar"]),
-            (f["loss"], f["ema"]),
+            (f["curve"], f["ema"]),
             (f["val"], f["best"]),
-            (f["bpb"], ""),
+            *[(f["bpb"], "")] * has_text,
             (f["lr"], f["grad"]),
             (f["tok_s"], f["tokens"]),
             (f["mfu"], f["memory"]),
@@ -191,7 +189,8 @@ def _block(view: RunView, now: float) -> Text:
     text.append(f"  {f['what']}  ").append(f"{f['state']} ({f['heartbeat']})", style=_state_style(view))
     lines = (
         (("", f["bar"]), ("step", f["step"]), ("left", f["left"]), ("ends", f["ends"])),
-        (("loss", f["loss"]), ("EMA", f["ema"]), ("val", f["val"]), ("best", f["best"]), ("bits/byte", f["bpb"])),
+        ((figures_of(view.run).curve, f["curve"]), ("EMA", f["ema"]), ("val", f["val"]), ("best", f["best"]),
+         *[("bits/byte", f["bpb"])] * (stage_of(view.run) == "pretrain")),
         (("lr", f["lr"]), ("|grad|", f["grad"]), ("tok/s", f["tok_s"]), ("MFU", f["mfu"]), ("memory", f["memory"]),
          ("tokens", f["tokens"])),
     )  # fmt: skip
@@ -204,11 +203,11 @@ def _block(view: RunView, now: float) -> Text:
 
 def _figures(view: RunView, now: float) -> dict[str, str]:
     """What is known of a run as short texts; n/a is what is not known."""
-    run, said = view.run, view.run.run
+    run, said, stage = view.run, view.run.run, figures_of(view.run)
     last = run.train[-1] if run.train else {}
     validation = run.evals[-1] if run.evals else {}
-    losses, val = column(run.train, "loss"), column(run.evals, "val_loss")
-    best = int(np.nanargmin(val)) if np.isfinite(val).any() else None
+    curve, val = column(run.train, stage.curve), column(run.evals, stage.held_out)
+    best = int(np.nanargmin(stage.sign * val)) if np.isfinite(val).any() else None
     max_steps = number(run.status.get("max_steps", said.get("max_steps")))
     share = max(0.0, min(1.0, run.step / max_steps)) if max_steps > 0 else math.nan
     devices, size = number(said.get("world_size")), number(said.get("num_params"))
@@ -219,13 +218,14 @@ def _figures(view: RunView, now: float) -> dict[str, str]:
     ends = heartbeat + left if going else heartbeat if view.health.state in ENDED else math.nan
     memory_total = memory_total_gb(run)
     return {
-        "what": f"{_count(size)} {f'{devices:.0f} x ' if devices > 1 else ''}{name} "
+        "what": f"{'' if stage_of(run) == 'pretrain' else stage_of(run) + ' '}{_count(size)} "
+        + f"{f'{devices:.0f} x ' if devices > 1 else ''}{name} "
         + printable(said.get("precision") or "precision n/a"),
         "step": f"{run.step:,}/" + (f"{max_steps:,.0f} {share:.0%}" if max_steps > 0 else "n/a"),
         "bar": _bar(share),
-        "loss": _format(number(last.get("loss")), ".4f"),
-        "ema": _format(smoothed(losses)[-1] if len(losses) else math.nan, ".4f"),
-        "val": _format(number(validation.get("val_loss")), ".4f"),
+        "curve": _format(number(last.get(stage.curve)), ".4f"),
+        "ema": _format(smoothed(curve)[-1] if len(curve) else math.nan, ".4f"),
+        "val": _format(number(validation.get(stage.held_out)), ".4f"),
         "best": "n/a" if best is None else f"{val[best]:.4f}@{_count(run.evals[best]['step'])}",
         "bpb": _format(number(validation.get("val_bpb")), ".3f"),
         "lr": _format(number(last.get("lr")), ".2e"),
@@ -254,18 +254,29 @@ def _warnings(views: Sequence[RunView]) -> list[Text]:
 
 
 def _chart(views: Sequence[RunView], width: int, lines: int) -> list[Text]:
-    curves, ranges = [], []
+    curves, ranges, stage = [], [], shared_figures([view.run for view in views])
     for view in views:
-        average, val = smoothed(column(view.run.train, "loss")), column(view.run.evals, "val_loss")
+        average, val = smoothed(column(view.run.train, stage.curve)), column(view.run.evals, stage.held_out)
         if np.isfinite(average).any() or np.isfinite(val).any():
-            ranges.append(robust_range(average, val))
+            ranges.append(robust_range(average, val, skip=stage.warm_up))
         steps, val_steps = column(view.run.train, "step"), column(view.run.evals, "step")
         curves.append(Curve(steps, average, val_steps, val, view.mark, view.colour))
     if not ranges:
-        return [Text("no loss yet", style="dim")]
+        return [Text(f"no {stage.curve} yet", style="dim")]
     what = "o: validation" if len(views) == 1 else "letters: validation"
-    title = Text(f"loss, smoothed ({what})", style="dim")
+    title = Text(f"{stage.curve}, smoothed ({what})", style="dim")
     return [title, *braille_chart(curves, width, lines, (min(r[0] for r in ranges), max(r[1] for r in ranges)))]
+
+
+def _stage_line(view: RunView) -> list[Text]:
+    """What else tells how its stage goes, in the newest log line and evaluation."""
+    figures = last_figures(view.run)
+    if not figures:
+        return []
+    text = Text(overflow="fold").append(f"{view.mark} ", style=view.colour)
+    for words, value in figures:
+        text.append(f" {words}", style="dim").append(f" {value:.3g} ")
+    return [text]
 
 
 def _sparklines(view: RunView, width: int) -> list[Text]:

@@ -19,24 +19,27 @@ from training.adapters import adapter_settings, adapters_active, adapters_off
 from training.batches import MicroBatch
 from training.scalar_head import RewardModel
 
-POLICY_ADAPTER, VALUE_ADAPTER = "policy", "value"
+POLICY_ADAPTER, VALUE_ADAPTER, REWARD_ADAPTER = "policy", "value", "reward"
+REWARD_HEAD = "reward_head"  # the buffer of a model with REWARD_ADAPTER: (1, H)
 
 
 class ActorCritic(nn.Module):
     """A policy, and a critic whose value of a place is a linear function of its hidden state there.
 
     critic: a model of its own, or None where the policy's has the adapters "policy" and "value"; their head, `value_head`
-    (1, H) in fp32, starts at zero, so the first values are 0. ValueError where the critic is missing or there twice.
+    (1, H) in fp32, starts at `head` or at zero, so that the first values are 0. ValueError where the critic is missing or
+    there twice.
     """
 
-    def __init__(self, policy: Transformer, critic: RewardModel | None = None):
+    def __init__(self, policy: Transformer, critic: RewardModel | None = None, head: Tensor | None = None):
         super().__init__()
         shared = {POLICY_ADAPTER, VALUE_ADAPTER}.issubset(adapter_settings(policy))
         if shared == (critic is not None):
             raise ValueError('the critic is either a model of its own or the adapter "value" beside "policy"')
         self.policy, self.critic = policy, critic
         if shared:
-            self.value_head = nn.Parameter(torch.zeros(1, policy.config.hidden_size, device=policy.head_weight.device))
+            zero = torch.zeros(1, policy.config.hidden_size, device=policy.head_weight.device)
+            self.value_head = nn.Parameter(zero if head is None else zero + head.to(zero.device))
 
     @property
     def config(self) -> ModelConfig:

@@ -34,15 +34,13 @@ from training.adapters import (
     plain_shapes,
     store_learned,
 )
-from training.checkpoints import MAX_SHARD_BYTES
+from training.checkpoints import MAX_SHARD_BYTES, write_weights
 from training.parallel import unwrap
 from training.safetensors_writer import safetensors_chunks, write_file
 from training.save_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
-    WEIGHTS,
-    WEIGHTS_INDEX,
     fsync_folder,
     temporary_path,
 )
@@ -500,36 +498,6 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_weights(
-    folder: Path,
-    sizes: Mapping[str, int],
-    build: Callable[[list[str]], dict[str, Tensor]],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """model.safetensors, or shards of at most `max_shard_bytes` and their index.
-
-    sizes: the bytes of each weight, in the model's order. build: the tensors of some weights; it is called for one shard
-    after another, so that no more than one is in memory.
-    """
-    shards: list[list[str]] = [[]]
-    shard_bytes = 0
-    for name, size in sizes.items():
-        if shards[-1] and shard_bytes + size > max_shard_bytes:
-            shards.append([])
-            shard_bytes = 0
-        shards[-1].append(name)
-        shard_bytes += size
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = build(names)
-        write_file(folder / file_name, safetensors_chunks(tensors, {"format": "pt"}))
-        weight_map |= dict.fromkeys(tensors, file_name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_file(folder / WEIGHTS_INDEX, [json_bytes(index)])
 
 
 def json_bytes(value: object) -> bytes:

@@ -414,6 +414,16 @@ def store_learned(model: nn.Module) -> None:
             store_adapters(module.augmented, module.stored_adapters())
 
 
+def set_aside(model: nn.Module, name: str) -> None:
+    """The adapter is not among the active ones any more, and does not learn: a judge, for `adapters_active` to switch on."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear) and name in layer.scales:
+            layer.active = tuple(active for active in layer.active if active != name)
+            for parameters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                if name in parameters:
+                    parameters[name].requires_grad_(False)
+
+
 @contextlib.contextmanager
 def adapters_active(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside, the model (DDP or not) computes with these adapters alone; afterwards with those that it had before.

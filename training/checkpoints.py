@@ -16,7 +16,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,7 @@ __all__ = [
     "unwrap",
     "verify_checkpoint",
     "write_probe",
+    "write_weights",
 ]
 
 MAX_SHARD_BYTES = 5_000_000_000  # where Hugging Face tools split
@@ -163,7 +164,10 @@ def save(
             for name, data in small_files.items():
                 put(name, [data])
             if adapter is None:
-                _put_weights(put, weights, max_shard_bytes)
+                sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+                entries.update(
+                    write_weights(temporary, sizes, lambda names: {n: weights[n] for n in names}, max_shard_bytes)
+                )
             for name, chunks in {**(adapter or {}), **(beside or {})}.items():
                 put(name, chunks)
             metadata = {"format": "pt", "optimizers": _optimizer_names(optimizers)}
@@ -181,26 +185,35 @@ def save(
     return from_rank_0(write)
 
 
-def _put_weights(put: Callable, weights: dict[str, Tensor], max_shard_bytes: int) -> None:
-    """One file, or shards of at most `max_shard_bytes` (a larger tensor gets its own) and their index."""
-    shards: list[dict[str, Tensor]] = [{}]
+def write_weights(
+    folder: Path,
+    sizes: Mapping[str, int],
+    build: Callable[[list[str]], dict[str, Tensor]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, dict]:
+    """model.safetensors, or shards of at most `max_shard_bytes` (a larger weight has its own) and their index, in `folder`.
+
+    sizes: the bytes of each weight, in the model's order. build: the tensors of some weights; it is called for one shard
+    after another, so that no more than one is in memory. Returns the entries of the manifest. Raises OSError.
+    """
+    shards: list[list[str]] = [[]]
     shard_bytes = 0
-    for name, tensor in weights.items():
-        if shards[-1] and shard_bytes + tensor.nbytes > max_shard_bytes:
-            shards.append({})
+    for name, size in sizes.items():
+        if shards[-1] and shard_bytes + size > max_shard_bytes:
+            shards.append([])
             shard_bytes = 0
-        shards[-1][name] = tensor
-        shard_bytes += tensor.nbytes
-    if len(shards) == 1:
-        put(WEIGHTS, safetensors_chunks(weights, {"format": "pt"}))
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        put(file_name, safetensors_chunks(shard, {"format": "pt"}))
-        weight_map |= dict.fromkeys(shard, file_name)
-    total = sum(tensor.nbytes for tensor in weights.values())
-    put(WEIGHTS_INDEX, [_json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})])
+        shards[-1].append(name)
+        shard_bytes += size
+    entries, weight_map = {}, {}
+    for number, names in enumerate(shards, start=1):
+        file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = build(names)
+        entries[file_name] = write_file(folder / file_name, safetensors_chunks(tensors, {"format": "pt"}))
+        weight_map |= dict.fromkeys(tensors, file_name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        entries[WEIGHTS_INDEX] = write_file(folder / WEIGHTS_INDEX, [_json_bytes(index)])
+    return entries
 
 
 def _publish(temporary: Path, final: Path, entries: dict[str, dict]) -> Path:

@@ -10,9 +10,11 @@ the config file, the command line. `origins` records which, and run.json keeps i
 import argparse
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,8 @@ class TrainConfig:
     dpo_beta: float = option("preference", "how much a log-probability ratio counts against the reference; orpo: the weight of its odds ratio", 0.1)
     label_smoothing: float = option("preference", "sigmoid: probability that a pair is the wrong way round (conservative DPO)", 0.0)
     simpo_gamma: float = option("preference", "simpo: the margin that chosen must win by", 0.5)
+    kto_desirable_weight: float = option("preference", "kto: of the loss of desirable answers; where one kind is rarer, weigh it more", 1.0)
+    kto_undesirable_weight: float = option("preference", "kto: of the loss of the others", 1.0)
     center_rewards: float = option("preference", "reward: weight of (chosen + rejected)^2, which keeps scores around zero", 0.01)
 
     reward_function: list[str] = option("reinforcement", "what answers are worth: exact_answer, numeric_answer, format=REGEX, regex=REGEX, length=TOKENS, or package.module:function of your own; several are added", [])
@@ -108,6 +112,11 @@ class TrainConfig:
     mask_truncated: bool = option("reinforcement", "grpo: nothing is learned from answers that did not end", False)
     kl_coefficient: float | None = option("reinforcement", "weight of the KL to the reference (default: 0.05 for ppo, 0 for grpo)", None)
     kl_target: float | None = option("reinforcement", "ppo: adapt the weight to this KL an answer, in nats", None)
+    discount: float = option("reinforcement", "ppo: what a reward one token later is worth (gamma)", 1.0)
+    gae_lambda: float = option("reinforcement", "ppo: trace decay of generalised advantage estimation", 0.95)
+    value_coefficient: float = option("reinforcement", "ppo: weight of the critic's loss", 0.1)
+    value_clip: float = option("reinforcement", "ppo: how far a value may move from the one at the rollout before its loss stops falling", 0.2)
+    whiten_rewards: bool = option("reinforcement", "ppo: divide the rewards of a round by their standard deviation", False)
     missing_eos_penalty: float = option("reinforcement", "ppo: taken from the score of an answer that did not end", 0.0)
     eval_samples: int = option("reinforcement", "held-out prompts answered at each evaluation; 0 takes all", 64)
 
@@ -160,16 +169,20 @@ class TrainConfig:
     def validate(self, data_needed: bool = True) -> None:
         """Raise UserError for values that cannot work together, before anything is read or built."""
         positive = "max_length hidden_size num_layers num_heads num_kv_heads intermediate_size batch_size \
-            micro_batch_size max_steps learning_rate log_interval rope_theta peak_tflops save_interval"
+            micro_batch_size max_steps learning_rate log_interval rope_theta peak_tflops save_interval num_epochs \
+            rollout_epochs clip_low clip_high value_clip kl_target kto_desirable_weight kto_undesirable_weight"
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} must be positive, not {value}")
-        for name in ("warmup_steps", "stride", "weight_decay", "grad_clip", "z_loss", "eval_interval", "eval_tokens"):
+        not_negative = "warmup_steps stride weight_decay grad_clip z_loss eval_interval eval_tokens eval_samples \
+            sample_tokens neftune_alpha simpo_gamma center_rewards kl_coefficient missing_eos_penalty \
+            value_coefficient"
+        for name in not_negative.split():
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UserError(f"--{name} must not be negative, and is {value}")
-        for name in ("decay_fraction", "min_lr_fraction"):
+        for name in ("decay_fraction", "min_lr_fraction", "discount", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} must lie between 0 and 1, and is {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -266,6 +279,12 @@ class TrainConfig:
         """Optimizer steps that share one round of rollouts; a checkpoint is written where one ends."""
         return self.num_minibatches * self.resolved_rollout_epochs if self.stage in ("grpo", "ppo") else 1
 
+    def steps_of_epochs(self, num_samples: int) -> int:
+        """Optimizer steps of --num_epochs passes over so many examples, whole rounds of rollouts."""
+        epochs = self.num_epochs or (3.0 if self.stage == "sft" else 1.0)
+        rounds = math.ceil(epochs * num_samples / (self.batch_size * self.num_minibatches))
+        return rounds * self.steps_per_phase
+
     @property
     def resolved_save_interval(self) -> int:
         return self.save_interval or self.eval_interval or self.max_steps
@@ -306,12 +325,13 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def resolve_config(
-    given: dict[str, Any], saved: dict[str, Any] | None = None, validate: bool = True
+    given: dict[str, Any], saved: dict[str, Any] | None = None, validate: bool = True, in_plan: bool = False
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Merge the flags of the command line with the config file, the preset, a resumed run's options and the defaults.
 
     given: what the command line named (vars() of the parser's result); may hold `config`, a file.
     saved: the options of the run that is resumed, or None. validate=False is for a first look, before that is known.
+    in_plan: the run is a stage of a plan, and may be given what only other stages of it read.
     Returns the validated options and, for each, where its value came from. Raises UserError.
     """
     given = dict(given)
@@ -336,7 +356,51 @@ def resolve_config(
     config = TrainConfig(**values)
     if validate:
         config.validate()
+        if not in_plan:
+            refuse_unread(config, [name for name in origins if origins[name] in ("command line", "config file")])
     return config, origins
+
+
+# Options that some runs do not read: their names, of which runs they are, and in which they are read.
+_READ_ONLY: tuple[tuple[str, str, Callable[[TrainConfig], bool]], ...] = (
+    ("data_weights stride document_mask z_loss vocab_size", "--stage pretrain", lambda c: c.stage == "pretrain"),
+    ("eval_data eval_fraction rename_columns chat_template num_epochs", "fine-tuning", lambda c: c.stage != "pretrain"),
+    ("eval_fraction", "runs without --eval_data", lambda c: not c.eval_data),
+    (
+        "preset hidden_size num_layers num_heads num_kv_heads intermediate_size rope_theta qk_norm tie_word_embeddings",
+        "models trained from nothing, and --init_from has a shape of its own", lambda c: c.init_from is None,
+    ),
+    ("train_on neftune_alpha", "--stage sft", lambda c: c.stage == "sft"),
+    ("lora_r lora_alpha lora_dropout lora_target_modules", "--lora", lambda c: c.lora),
+    ("dpo_loss dpo_beta", "--stage dpo", lambda c: c.stage == "dpo"),
+    ("label_smoothing", "--stage dpo --dpo_loss sigmoid", lambda c: (c.stage, c.dpo_loss) == ("dpo", "sigmoid")),
+    ("simpo_gamma", "--stage dpo --dpo_loss simpo", lambda c: (c.stage, c.dpo_loss) == ("dpo", "simpo")),
+    ("kto_desirable_weight kto_undesirable_weight", "--stage dpo --dpo_loss kto", lambda c: (c.stage, c.dpo_loss) == ("dpo", "kto")),
+    ("center_rewards", "--stage reward", lambda c: c.stage == "reward"),
+    (
+        "reward_function reward_weights reward_model reward_timeout max_new_tokens temperature rollout_batch_size "
+        "num_minibatches rollout_epochs clip_high kl_coefficient eval_samples",
+        "--stage grpo and ppo", lambda c: c.stage in ("grpo", "ppo"),
+    ),
+    ("eval_tokens", "stages that evaluate on given text, and not on answers of their own (--eval_samples)", lambda c: c.stage not in ("grpo", "ppo")),
+    ("group_size grpo_loss mask_truncated", "--stage grpo", lambda c: c.stage == "grpo"),
+    ("clip_low", "--stage grpo with another loss than cispo", lambda c: c.stage == "grpo" and c.grpo_loss != "cispo"),
+    ("kl_target missing_eos_penalty discount gae_lambda value_coefficient value_clip whiten_rewards", "--stage ppo", lambda c: c.stage == "ppo"),
+    ("decay_fraction", "--schedule wsd", lambda c: c.schedule == "wsd"),
+    ("sample_tokens", "runs with a --sample_prompt", lambda c: bool(c.sample_prompt)),
+)  # fmt: skip
+
+
+def is_read(config: TrainConfig, name: str) -> bool:
+    """Whether a run with this config reads the option `name`."""
+    return all(reads(config) for names, _, reads in _READ_ONLY if name in names.split())
+
+
+def refuse_unread(config: TrainConfig, given: Collection[str]) -> None:
+    """UserError for the first option named in `given` that a run with this config would parse and never read."""
+    for names, words, is_read in _READ_ONLY:
+        if not is_read(config) and (unread := [name for name in names.split() if name in given]):
+            raise UserError(f"--{unread[0]} is for {words}, and would do nothing in this run: leave it out")
 
 
 def _stage_defaults(stage: str, lora: bool) -> dict[str, Any]:
@@ -346,8 +410,8 @@ def _stage_defaults(stage: str, lora: bool) -> dict[str, Any]:
     return _FINE_TUNING | {"learning_rate": _LEARNING_RATES[stage] * (10 if lora else 1)}
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """The options that a .yaml, .yml, .toml or .json file sets, each coerced to its option's type. Raises UserError."""
+def read_config_content(path: str) -> dict[str, Any]:
+    """What a .yaml, .yml, .toml or .json file holds, its names and values as they are written. Raises UserError."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -374,18 +438,26 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold option: value pairs")
+    return content
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The options that a .yaml, .yml, .toml or .json file sets, each coerced to its option's type. Raises UserError."""
     specs = {spec.name: spec for spec in fields(TrainConfig)}
     options = {}
-    for key, value in content.items():
+    for key, value in read_config_content(path).items():
         name = str(key).replace("-", "_")
         if name not in specs:
             raise UserError(f"--config {path} sets {key!r}, which is not an option{did_you_mean(name, specs)}")
-        options[name] = _coerce(specs[name], value, path)
+        options[name] = coerce_option(specs[name], value, path)
     return options
 
 
-def _coerce(spec: dataclasses.Field, value: Any, path: str) -> Any:
-    """A value of a config file as the option's type; YAML 1.1 reads 3e-4 as a string, which is why this exists."""
+def coerce_option(spec: dataclasses.Field, value: Any, path: str) -> Any:
+    """A value of a config file as the type of its option, a field of TrainConfig. UserError, naming `path`, for another.
+
+    YAML 1.1 reads 3e-4 as a string, which is why this exists.
+    """
     value_type, is_list = _value_type(spec)
     if value is None and spec.default is None:
         return None

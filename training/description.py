@@ -78,3 +78,16 @@ def git_commit() -> str | None:
     except FileNotFoundError:
         return None
     return answer.stdout.strip() or None
+
+
+def next_command(config: TrainConfig, finished: bool, in_plan: bool) -> str:
+    if finished:
+        prompt = config.sample_prompt.strip() or "Hello"
+        if config.stage == "pretrain":
+            return f"try: python utils.py generate --checkpoint {config.save_dir} --prompt {prompt!r}"
+        if config.stage == "reward":
+            return f"give it to --stage ppo or grpo as --reward_model {config.save_dir}"
+        return f"try: python utils.py chat --checkpoint {config.save_dir}"
+    if in_plan:
+        return "go on with the same command and --checkpoint latest"
+    return f"go on with: python train.py --save_dir {config.save_dir} --checkpoint latest"

@@ -11,7 +11,7 @@ from errors import UserError
 from kernels.choice import KernelChoice
 from model import ModelConfig, Transformer, read_json
 from training import checkpoints
-from training.actor_critic import POLICY_ADAPTER, VALUE_ADAPTER, ActorCritic, new_critic
+from training.actor_critic import POLICY_ADAPTER, REWARD_ADAPTER, REWARD_HEAD, VALUE_ADAPTER, ActorCritic, new_critic
 from training.adapter_files import (
     adapter_state,
     learned_over,
@@ -25,6 +25,7 @@ from training.adapters import (
     LoraLinear,
     add_adapters,
     quantise_layers,
+    set_aside,
     store_after_steps,
     store_learned,
 )
@@ -69,11 +70,12 @@ def read_shape(folder: Path) -> ModelConfig:
 
 def build_model(
     config: TrainConfig, shape: ModelConfig, base: Path | None, checkpoint: Path | None, *,
-    kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision,
+    kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision, rows: int,
 ) -> Transformer | ActorCritic:  # fmt: skip
     """The model of a run at its start, or as `checkpoint` holds it. base: the folder of --init_from, or None.
 
-    Weights that learn are fp32; frozen ones are in the dtype that the run computes in, or NF4 with --load_in_4bit.
+    rows: tokens of a micro-batch. Weights that learn are fp32; frozen ones are in the dtype that the run computes in, or
+    NF4 with --load_in_4bit. A --reward_model that is an adapter over the same base becomes one more adapter, "reward".
     """
     if config.stage == "reward":
         dtype = precision.dtype if config.lora else torch.float32
@@ -91,25 +93,67 @@ def build_model(
         model.to_empty(device=device)
         if checkpoint is None:
             model.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
-    ppo = config.stage == "ppo"
     if config.lora:
-        for name in (POLICY_ADAPTER, VALUE_ADAPTER) if ppo else ("default",):
-            add_adapters(
-                model, rank=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, rslora=config.rslora,
-                dora=config.dora, targets=lora_targets(config), seed=config.seed, name=name,
-            )  # fmt: skip
-    if ppo:
-        model = ActorCritic(model, None if config.lora else _critic(config, model, device))
+        model = _with_adapters(config, model, base, rows)
+    elif config.stage == "ppo":
+        model = ActorCritic(model, _critic(config, model, device))
     if checkpoint is not None:
         _load_parts(config, model, checkpoint)
     return model
+
+
+def _with_adapters(config: TrainConfig, model: Transformer, base: Path, rows: int) -> Transformer | ActorCritic:
+    """With the adapters that learn and, where --reward_model is one over the same base, the one that judges."""
+    judge = reward_adapter(config, base)
+    ppo = config.stage == "ppo"
+    for name in (POLICY_ADAPTER, VALUE_ADAPTER) if ppo else ("default",):
+        if name == VALUE_ADAPTER and judge:
+            continue
+        add_adapters(
+            model, rank=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, rslora=config.rslora,
+            dora=config.dora, targets=lora_targets(config), seed=config.seed, name=name,
+            rows=None if ppo else rows,  # measured ways keep one set of active adapters at hand, and PPO's alternate
+        )  # fmt: skip
+    head = None
+    if judge:
+        head = load_adapter(model, judge, REWARD_ADAPTER)
+        set_aside(model, REWARD_ADAPTER)
+        model.register_buffer(REWARD_HEAD, head.to(model.head_weight.device), persistent=False)
+        if ppo:  # the critic starts from what knows best what answers are worth
+            load_adapter(model, judge, VALUE_ADAPTER)
+    return ActorCritic(model, head=head) if ppo else model
+
+
+def reward_adapter(config: TrainConfig, base: Path) -> Path | None:
+    """The PEFT folder that --reward_model means, if it is one. Raises UserError where it does not fit the run."""
+    if config.reward_model is None or not config.lora:
+        return None
+    path = Path(config.reward_model)
+    if path.is_dir() and not (path / ADAPTER_CONFIG).exists() and checkpoints.list_checkpoints(path):
+        path = checkpoints.resolve(path, path).path
+    if not (path / ADAPTER_CONFIG).exists():
+        return None
+    described = read_adapter_config(path)
+    over = described.get("base_model_name_or_path") or "an unnamed base"
+    if "score" not in (described.get("modules_to_save") or ()):
+        raise UserError(f"--reward_model {path} holds adapters of a language model; train one with --stage reward")
+    if Path(over).resolve() != base.resolve():
+        raise UserError(
+            f"--reward_model {path} is an adapter over {over}, and this run is over {base}: make a model of it with "
+            "utils.py merge, which then judges beside this run's model"
+        )
+    if (learned := learned_over(path)) and (learned == "nf4") != config.load_in_4bit:
+        given = "--load_in_4bit" if learned == "nf4" else "no --load_in_4bit"
+        raise UserError(f"--reward_model {path} was trained with {given}; train with the same here, or merge it first")
+    return path
 
 
 def _critic(config: TrainConfig, policy: Transformer, device: torch.device) -> RewardModel:
     """The reward model's copy, which knows best what answers are worth; without one, the policy's."""
     if config.reward_model is None:
         return new_critic(policy)
-    return RewardModel.from_pretrained(find_base(config.reward_model), seed=0, device=device, kernels=policy.kernels)
+    folder = find_base(config.reward_model, "--reward_model")
+    return RewardModel.from_pretrained(folder, seed=0, device=device, kernels=policy.kernels)
 
 
 # ------------------------------------------------------------------------------------- what a run's checkpoint consists of

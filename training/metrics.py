@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import torch
+from torch import Tensor
 
+from training.parallel import Ranks
 from training.run_files import METRICS_FILE, RUN_FILE, STATUS_FILE, duration
 
 T = TypeVar("T")
@@ -39,6 +41,15 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((float(peak) for known, peak in _PEAK_TFLOPS_16BIT if known in name), None)
+
+
+def reduce_metrics(metrics: dict[str, tuple[Tensor, float]], ranks: Ranks) -> dict[str, float]:
+    """{metric: mean over all ranks} from each rank's (sum, weight)."""
+    flat = [float(part) for name in sorted(metrics) for part in metrics[name]]
+    total = ranks.sum(flat)
+    sums = {name: (total[2 * i], total[2 * i + 1]) for i, name in enumerate(sorted(metrics))}
+    # a figure that no example of the step has, such as that of rejected answers, is left out; the loss is always there
+    return {name: value / max(1.0, weight) for name, (value, weight) in sums.items() if weight or name == "loss"}
 
 
 @dataclass(frozen=True)

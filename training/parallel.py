@@ -150,6 +150,11 @@ class StopRequest:
         # os.write, not print: a handler may interrupt a print that holds the stream's lock
         os.write(sys.stderr.fileno(), f"\n{self.signal.name}: finishing this step, then saving\n".encode())
 
+    def agreed(self, ranks: Ranks) -> signal.Signals | None:
+        """The signal that any rank received, the same one on all of them; None without one. Every rank calls it."""
+        received = ranks.sum([float(self.signal or 0) * (rank == ranks.rank) for rank in range(ranks.world_size)])
+        return signal.Signals(int(max(received))) if any(received) else None
+
 
 def _die_with_parent() -> None:
     """On Linux, get SIGTERM when torchrun dies: a killed torchrun otherwise leaves its workers training on as orphans."""

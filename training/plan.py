@@ -1,9 +1,14 @@
 """What will a run do, before it does it? Parameters, tokens, FLOPs, memory and schedule, worked out in one place.
 
 train.py prints this table before its first step, and `utils.py plan` prints it without training.
+
+The memory is an estimate of what the run allocates on one rank at its worst moment, part by part. It leaves out the
+context and the work space of the libraries (half a GB on CUDA), what a reference forward pass without gradients has in
+flight, DDP's buckets, fragmentation, compilation, evaluation, and the data, which lies in the host's memory.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
 from model import ModelConfig, ParameterCount, count_parameters, flops_per_token
@@ -15,6 +20,11 @@ _ADAMW_STATE_BYTES = 8  # two fp32 moments a parameter
 _NF4_BYTES = 4.127 / 8  # a weight: 4 bits, and its share of two levels of absmax (kernels/nf4.py)
 _MUON_STATE_BYTES = 4  # one fp32 momentum a parameter
 _LOSS_CHUNKS = 2  # the logits of a chunk, turned into their gradient in place, and its 16-bit copy or work space
+_DRAWING_BYTES = 24  # a logit while a token is drawn: fp32 and its log-softmax, their fp64 exponentials and sums
+_DRAWING = "drawing answers (keys, values, logits)"
+_LASTING = ("weights", "adapters", "optimizer", "reference", "reward model")  # how what is always there begins
+_MEASURED_EXAMPLES = 2000
+_NOUNS = {"pretrain": "sequences", "sft": "examples", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
 
 
 @dataclass(frozen=True)
@@ -24,17 +34,21 @@ class RunPlan:
     parameters: ParameterCount
     world_size: int
     micro_batch_size: int  # sequences a forward pass on one rank
-    accumulation_steps: int  # forward passes a step on the rank that has most
+    accumulation_steps: int  # forward passes a step on the rank that has most; of examples, which are packed, about
     tokens_per_step: int
     total_tokens: int
     epochs: float | None  # None when the data is not known
     flops_per_token: float
     total_flops: float
     memory: dict[str, float]  # part -> bytes on one rank
+    tokens_are: str = ""  # "at most" or "about", where the examples' lengths are not known or differ
 
     @property
     def memory_total(self) -> float:
-        return sum(self.memory.values())
+        """Answers are drawn when there are no activations and gradients, so of both only the larger counts."""
+        drawing = self.memory.get(_DRAWING, 0.0)
+        learning = sum(size for part, size in self.memory.items() if not part.startswith((*_LASTING, _DRAWING)))
+        return sum(self.memory.values()) - min(drawing, learning)
 
     def seconds(self, flops_per_second: float) -> float:
         """Time of the whole run at this many useful FLOP/s on each rank."""
@@ -68,76 +82,173 @@ def plan_run(
     world_size: int,
     half_precision: bool,
     train_windows: int | None,
+    tokens_per_example: float | None = None,
+    longest_prompt: int | None = None,
+    judge_over_base: bool = False,
 ) -> RunPlan:
     """The plan of a run. A pure function.
 
-    max_length: tokens in a row. half_precision: whether the forward pass computes in 16 bits.
-    train_windows: rows in the training data, or None when it is not known.
+    max_length: tokens in a row. half_precision: whether the forward pass computes in 16 bits. train_windows: rows, or
+    examples, in the training data, or None when it is not known. tokens_per_example: of all sequences of an example, on
+    average, answers that are still to be drawn taken to be as long as they may be; None takes rows of max_length.
+    longest_prompt: of those that answers are drawn to; None takes what max_length leaves. judge_over_base: whether
+    --reward_model is an adapter over the model that is trained, and so costs next to nothing.
     """
     rows = -(-config.batch_size // world_size)
     micro_batch_size = min(config.micro_batch_size or rows, rows)
-    parameters = count_parameters(model)
-    tokens_per_step = config.batch_size * max_length
-    total_tokens = tokens_per_step * config.max_steps
-    flops = flops_per_token(model, max_length)
+    sequences = sequences_per_example(config)
+    tokens = tokens_per_example or float(sequences * max_length)
+    tokens_per_step = round(config.batch_size * tokens)
+    # of a pair both answers are in one micro-batch; answers that were drawn are packed one by one
+    packed_rows = micro_batch_size * (2 if sequences == 2 and config.stage in ("reward", "dpo") else 1)
+    at_once = min(packed_rows * max_length, rows * tokens)
+    flops = learning_flops(config, model, min(max_length, tokens / sequences))
+    passes = config.resolved_rollout_epochs if config.stage in ("grpo", "ppo") else 1
     return RunPlan(
-        parameters=parameters,
+        parameters=count_parameters(model),
         world_size=world_size,
         micro_batch_size=micro_batch_size,
-        accumulation_steps=-(-rows // micro_batch_size),
+        accumulation_steps=-(-round(rows * tokens) // (packed_rows * max_length)),
         tokens_per_step=tokens_per_step,
-        total_tokens=total_tokens,
-        epochs=None if train_windows is None else config.batch_size * config.max_steps / train_windows,
+        total_tokens=tokens_per_step * config.max_steps,
+        epochs=None if train_windows is None else config.batch_size * config.max_steps / train_windows / passes,
         flops_per_token=flops,
-        total_flops=flops * total_tokens,
-        memory=_memory(config, model, parameters, micro_batch_size * max_length, half_precision, world_size),
-    )
+        total_flops=flops * tokens_per_step * config.max_steps,
+        memory=_memory(
+            config, model, round(at_once), half_precision,
+            drawn_at_once=min(config.rollout_batch_size, rows * config.num_minibatches * sequences),
+            drawn_length=(longest_prompt or max(1, max_length - config.max_new_tokens)) + config.max_new_tokens,
+            judges=int(config.reward_model is not None and not judge_over_base),
+        ),
+        tokens_are="" if config.stage == "pretrain" else "at most " if tokens_per_example is None else "about ",
+    )  # fmt: skip
+
+
+def sequences_per_example(config: TrainConfig) -> int:
+    """How many sequences are learned from for each of the --batch_size examples of a step."""
+    if config.stage == "grpo":
+        return config.group_size
+    return 2 if config.stage == "reward" or (config.stage == "dpo" and config.dpo_loss != "kto") else 1
+
+
+def example_sizes(config: TrainConfig, train: Any) -> dict[str, Any]:
+    """What plan_run wants to know of the examples, from a stage's data to learn from; {} in pretraining.
+
+    At most 2,000 of them, spread over all, are looked at. Of KTO's groups only the answer itself is learned from.
+    """
+    if config.stage == "pretrain":
+        return {}
+    groups = getattr(train, "groups", train)
+    step = -(-len(groups) // _MEASURED_EXAMPLES)
+    some = [groups[number] for number in range(0, len(groups), step)]
+    if config.stage in ("grpo", "ppo"):
+        prompts = [len(prompt.tokens) for prompt in some]
+        answered = sum(prompts) / len(prompts) + config.max_new_tokens
+        return {"tokens_per_example": answered * sequences_per_example(config), "longest_prompt": max(prompts)}
+    learned = [sum(len(one.tokens) for one in group[: sequences_per_example(config)]) for group in some]
+    return {"tokens_per_example": sum(learned) / len(learned)}
+
+
+def learning_flops(config: TrainConfig, model: ModelConfig, length: float) -> float:
+    """Useful floating-point operations to learn from one token of a sequence of `length`, forward and backward.
+
+        6 W + 12 L A D T             all of W learns (PaLM, Chowdhery et al. 2022, appendix B; model.flops_per_token)
+        4 W + 6 P + 12 L A D T       W is frozen: its own gradient, 2 a weight, is never computed, and adapters of P weights
+                                     learn beside it (Hu et al. 2021)
+
+    W: the matrices of the layers, and the head but in a reward model, which has one row instead. PPO's critic is learned in
+    the same step, so a second model without a head is added. Nothing else is: not drawing and judging answers, not the
+    forward passes for the log-probabilities of a reference, of the policy that drew, and of KTO's KL, not decoding NF4.
+    That the first layer's q, k and v need no gradient of their input, where the embedding is frozen, is not deducted.
+    """
+    head = model.vocab_size * model.hidden_size
+
+    def of_model(matrices: float) -> float:
+        attention = 12.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
+        if config.lora:
+            return 4.0 * matrices + 6.0 * count_adapter_parameters(config, model) + attention
+        return 6.0 * matrices + attention
+
+    layers = flops_per_token(model, 0) / 6.0 - head
+    if config.stage == "reward":
+        return of_model(layers)
+    return of_model(layers + head) + (of_model(layers) if config.stage == "ppo" else 0.0)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def _memory(
-    config: TrainConfig, model: ModelConfig, parameters: ParameterCount, tokens: int, half: bool, world_size: int
-) -> dict[str, float]:
-    """An estimate by part. Activations: what autograd keeps for a block's backward pass, counted tensor by tensor."""
+    config: TrainConfig, model: ModelConfig, tokens: int, half: bool, *,
+    drawn_at_once: int, drawn_length: int, judges: int,
+) -> dict[str, float]:  # fmt: skip
+    """An estimate by part. tokens: of a micro-batch. drawn_at_once: answers, each of drawn_length with its prompt.
+
+    judges: reward models beside what learns.
+    """
     width = 2 if half else 4
-    query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    # norm inputs and outputs (2 + 2 widths), attention's output and residual, rotated and plain q and k, v; gate, up,
-    # silu(gate), their product
-    chunk = max(CUDA_CHUNK_BYTES if half else CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * 4 * model.vocab_size)
-    kept = 5 * model.hidden_size + 3 * query + 3 * key_value + 4 * model.intermediate_size
-    matrices = parameters.total - parameters.embedding * (1 if model.tie_word_embeddings else 2)
-    state = parameters.total * _ADAMW_STATE_BYTES
+    whole, scorer = count_parameters(model).total, _scorer_parameters(model)
+    learning = scorer if config.stage == "reward" else whole
+    models = 2 if config.stage == "ppo" else 1  # policy and critic, whose forward passes both precede the backward pass
     if config.lora:
-        return _adapter_memory(config, model, parameters, tokens * model.num_hidden_layers * kept * width, width, chunk)
-    if config.optimizer == "muon":
-        state = matrices * _MUON_STATE_BYTES + (parameters.total - matrices) * _ADAMW_STATE_BYTES
-    memory = {
-        "weights (fp32)": 4.0 * parameters.total,
-        "gradients (fp32)": 4.0 * parameters.total,
-        "optimizer state (fp32)": float(state),
-        "activations": float(tokens) * model.num_hidden_layers * kept * width,
-        "loss (one chunk of logits)": float(min(tokens * model.vocab_size * 4, chunk) * _LOSS_CHUNKS)
-        + 4.0 * parameters.embedding,
-    }
-    if half:
-        memory["16-bit copies of the weights"] = 2.0 * parameters.total
+        adapters = models * count_adapter_parameters(config, model)
+        memory = {
+            "weights (frozen)": _frozen_bytes(config, model, learning, width),
+            "adapters, gradients and optimizer state (fp32)": adapters * (8.0 + _ADAMW_STATE_BYTES),
+        }
+    else:
+        learning += scorer if config.stage == "ppo" else 0
+        memory = {
+            "weights (fp32)": 4.0 * learning,
+            "gradients (fp32)": 4.0 * learning,
+            "optimizer state (fp32)": float(_state_bytes(config, model, learning, models)),
+        }
+    memory["activations"] = float(models * tokens * model.num_hidden_layers * _kept_per_token(model) * width)
+    if config.stage != "reward":
+        chunk = max(CUDA_CHUNK_BYTES if half else CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * 4 * model.vocab_size)
+        head_gradient = 0.0 if config.lora else 4.0 * model.vocab_size * model.hidden_size
+        memory["loss (one chunk of logits)"] = min(tokens * model.vocab_size * 4, chunk) * _LOSS_CHUNKS + head_gradient
+    if half and not config.lora:
+        memory["16-bit copies of the weights"] = 2.0 * learning
+    if not config.lora and (config.stage == "ppo" or (config.stage == "grpo" and config.kl_coefficient)):
+        memory["reference (frozen)"] = float(width * whole)
+    if config.stage in ("grpo", "ppo"):
+        if judges:
+            memory["reward model (taken to be as large)"] = float(judges * width * scorer)
+        keys_values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
+        memory[_DRAWING] = float(drawn_at_once * (drawn_length * keys_values + model.vocab_size * _DRAWING_BYTES))
     return memory
 
 
-def _adapter_memory(
-    config: TrainConfig, model: ModelConfig, parameters: ParameterCount, activations: int, width: int, chunk: int
-) -> dict[str, float]:
-    """The parts where adapters learn beside frozen weights, which are in the compute dtype or, in the blocks, NF4."""
-    frozen = parameters.total * float(width)
-    if config.load_in_4bit:
-        head = parameters.embedding * (1 if model.tie_word_embeddings else 2)
-        frozen = head * float(width) + (parameters.total - head) * _NF4_BYTES
-    adapters = count_adapter_parameters(config, model)
-    return {
-        "weights (frozen)": frozen,
-        "adapters, gradients and optimizer state (fp32)": adapters * (8.0 + _ADAMW_STATE_BYTES),
-        "activations": float(activations),
-        "loss (one chunk of logits)": float(chunk * _LOSS_CHUNKS),
-    }
+def _kept_per_token(model: ModelConfig) -> int:
+    """Values a token that autograd keeps for a block's backward pass, counted tensor by tensor."""
+    query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    # norm inputs and outputs (2 + 2 widths), attention's output and residual, rotated and plain q and k, v; gate, up,
+    # silu(gate), their product
+    return 5 * model.hidden_size + 3 * query + 3 * key_value + 4 * model.intermediate_size
+
+
+def _scorer_parameters(model: ModelConfig) -> int:
+    """Of a reward model or critic: one row in place of the head."""
+    parameters = count_parameters(model)
+    return parameters.total - (0 if model.tie_word_embeddings else parameters.embedding) + model.hidden_size
+
+
+def _state_bytes(config: TrainConfig, model: ModelConfig, learning: int, models: int) -> int:
+    if config.optimizer != "muon":
+        return learning * _ADAMW_STATE_BYTES
+    parameters = count_parameters(model)
+    matrices = models * (parameters.total - parameters.embedding * (1 if model.tie_word_embeddings else 2))
+    return matrices * _MUON_STATE_BYTES + (learning - matrices) * _ADAMW_STATE_BYTES
+
+
+def _frozen_bytes(config: TrainConfig, model: ModelConfig, weights: int, width: int) -> float:
+    """Beside adapters the weights are in the compute dtype or, in the blocks, NF4."""
+    if not config.load_in_4bit:
+        return float(width * weights)
+    embedding = count_parameters(model).embedding
+    outside = embedding * (1 if model.tie_word_embeddings or config.stage == "reward" else 2)
+    return outside * float(width) + (weights - outside) * _NF4_BYTES
 
 
 def count_adapter_parameters(config: TrainConfig, model: ModelConfig) -> int:
@@ -152,6 +263,9 @@ def count_adapter_parameters(config: TrainConfig, model: ModelConfig) -> int:
     return config.lora_r * model.num_hidden_layers * sum(sizes[name] for name in targets if name in sizes)
 
 
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
 def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: dict[str, str]) -> str:
     """The table that train.py prints: one `name  value` line each; `extra` adds what only the caller knows."""
     p = plan.parameters
@@ -161,13 +275,20 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
     if schedule == "wsd":
         schedule = f"wsd, linear decay over the last {config.decay_fraction:.0%}"
     warmup = config.resolved_warmup_steps
+    learned = ""
+    if config.lora:
+        adapters = "2 adapters of" if config.stage == "ppo" else "adapters of"
+        learned = f"; frozen, and {adapters} {count_adapter_parameters(config, model):,} learn"
+    nouns = _NOUNS.get(config.stage) or f"prompts with {config.group_size} answers"
+    if config.stage == "dpo" and config.dpo_loss == "kto":
+        nouns = "answers"
     rows = {
         "model": f"{model.hidden_size}x{model.num_hidden_layers}, {model.num_attention_heads} heads of {model.head_dim} "
         f"({model.num_key_value_heads} key/value), MLP {model.intermediate_size}, vocabulary {model.vocab_size:,}",
-        "parameters": f"{p.total:,} ({p.embedding:,} embedding, {p.non_embedding:,} other)",
-        "batch": f"{config.batch_size} sequences = {plan.tokens_per_step:,} tokens a step: {plan.world_size} rank(s) x "
-        f"{plan.accumulation_steps} micro-batch(es) of {plan.micro_batch_size}",
-        "run": f"{config.max_steps:,} steps = {plan.total_tokens:,} tokens{epochs}",
+        "parameters": f"{p.total:,} ({p.embedding:,} embedding, {p.non_embedding:,} other){learned}",
+        "batch": f"{config.batch_size} {nouns} = {plan.tokens_are}{plan.tokens_per_step:,} tokens a step: "
+        f"{plan.world_size} rank(s) x {plan.tokens_are}{plan.accumulation_steps} micro-batch(es) of {plan.micro_batch_size}",
+        "run": f"{config.max_steps:,} steps = {plan.tokens_are}{plan.total_tokens:,} tokens{epochs}",
         "compute": f"{plan.flops_per_token:,.0f} FLOPs a token, {plan.total_flops:.3g} in all",
         "memory estimate": f"{plan.memory_total / GIB:.2f} GiB a rank ({memory})",
         "optimizer": f"{config.optimizer}, peak learning rate {config.learning_rate:g}, {warmup:,} steps of warm-up, {schedule}",

@@ -214,17 +214,17 @@ def smoothed(values: np.ndarray, span: int | None = None) -> np.ndarray:
     return result
 
 
-def robust_range(values: np.ndarray, also: np.ndarray | None = None) -> tuple[float, float]:
+def robust_range(values: np.ndarray, also: np.ndarray | None = None, skip: float = 0.2) -> tuple[float, float]:
     """The y range that shows a curve (n,) well: its last four fifths without the outermost 1 % on each side.
 
     So neither the cliff of the warm-up nor one spike flattens the rest. Points of `also` that come after the first
-    fifth of it are always inside. Returns (0, 1) when there is nothing finite to show.
+    fifth of it are always inside. skip: another share than a fifth. Returns (0, 1) when there is nothing finite to show.
     """
     parts = []
     for points, cut in ((values, 1), (also, 0)):
         if points is None:
             continue
-        tail = points[len(points) // 5 :]
+        tail = points[int(len(points) * skip) :]
         tail = tail[np.isfinite(tail)]
         if len(tail):
             parts += [np.percentile(tail, cut), np.percentile(tail, 100 - cut)]

@@ -2,6 +2,9 @@
 
 `RewardModel` is the transformer with `score`, a matrix of one row, in place of the head. Its folder is that of
 transformers' LlamaForSequenceClassification (or Qwen3's) with one label.
+
+transformers reads the score at the last token that is not config.pad_token_id, and pads with its tokenizer's pad token. So
+both must be the same, and one that ends no sequence, which many models' is not: `padding_token` chooses it.
 """
 
 import json
@@ -12,23 +15,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dataprep.chat_template import SHIPPED, ChatTemplate, load_chat_template
+from dataprep.tokenizers import load_tokenizer
 from errors import UserError
 from kernels.choice import KernelChoice
-from model import ModelConfig, Transformer, load_pretrained
+from model import ModelConfig, Transformer, load_pretrained, read_json
 from training import checkpoints
+
+NEW_PAD_TOKEN = "<|pad|>"
 
 
 @dataclass
 class RewardConfig(ModelConfig):
     """As ModelConfig, and saved as a classifier with one label.
 
-    transformers reads the score at the last token that is not pad_token_id, so that must be an id that ends no sequence.
-    Where it is not given, or is an end-of-text id, it becomes the largest id that is not one.
+    Where pad_token_id is not given, or is an end-of-text id, it becomes the largest id that is not one.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        ends = _end_ids(self)
         if self.pad_token_id is None or self.pad_token_id in ends:
             self.pad_token_id = max(set(range(self.vocab_size - len(ends) - 1, self.vocab_size)) - set(ends))
 
@@ -94,8 +100,11 @@ class RewardModel(Transformer):
         folder = Path(folder)
         config = _read_config(folder)
         is_classifier = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
+        shape = ModelConfig.from_hf(config)
+        if (padding := padding_token(folder, shape)) is not None:
+            shape.pad_token_id = padding[0]
         with torch.device("meta"):
-            model = cls(ModelConfig.from_hf(config), kernels)
+            model = cls(shape, kernels)
         if is_classifier:
             if (labels := len(config.get("id2label") or (0, 1))) != 1:
                 raise UserError(f"{folder}: the classifier has {labels} labels; a reward model has one")
@@ -116,3 +125,61 @@ def _read_config(folder: Path) -> dict:
         raise UserError(f"{folder}: there is no config.json") from None
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: the file is not valid JSON ({error})") from error
+
+
+# ---- the pad token ---------------------------------------------------------------------------------------------------
+
+
+def padding_token(folder: str | Path, config: ModelConfig) -> tuple[int, str] | None:
+    """(id, text) of the token that rows of a batch are padded with, for the tokenizer in a model's folder.
+
+    In this order: the tokenizer's own, unless a sequence may end in it; a special token with "pad" in its name; a new one
+    behind the vocabulary, where the embedding has a row for it; another special token that neither begins nor ends a
+    sequence. None where there is no tokenizer or none of these.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").exists():
+        return None
+    tokenizer = load_tokenizer(folder, lazy=True)
+    added = {token["content"]: token for token in tokenizer.definition["added_tokens"]}
+    special = {content: token["id"] for content, token in added.items() if token["special"]}
+    template = load_chat_template(folder)
+    roles = template.special_tokens
+    turns = [one.end_of_turn for one in (template, *(ChatTemplate(name, text) for name, text in SHIPPED.items()))]
+    ends = {*_end_ids(config), tokenizer.eos_token_id}
+    ids = {content: index for content, index in special.items() if index not in ends and index < config.vocab_size}
+    ids = {content: index for content, index in ids.items() if not any(turn.startswith(content) for turn in turns)}
+    if roles.get("pad_token") in ids:
+        return ids[roles["pad_token"]], roles["pad_token"]
+    if named := sorted(content for content in ids if "pad" in content.lower()):
+        return ids[named[0]], named[0]
+    vocabulary = tokenizer.definition["model"]["vocab"]
+    taken = {*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))}
+    taken |= {token["id"] for token in added.values()}
+    if len(taken) == tokenizer.vocab_size < config.vocab_size:  # without gaps, so that every library gives it this id
+        return tokenizer.vocab_size, NEW_PAD_TOKEN
+    others = [content for content in ids if content != roles.get("bos_token")]
+    return max(((ids[content], content) for content in others), default=None)
+
+
+def padding_files(folder: str | Path) -> dict[str, bytes]:
+    """The tokenizer's files that name its pad token, as a reward model's folder must have them; `folder` is its base's.
+
+    Where there is no token to pad with, none is named: transformers then refuses to pad, instead of reading a wrong score.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    config.pop("quantization_config", None)
+    found = padding_token(folder, ModelConfig.from_hf(config))
+    files = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name == "tokenizer_config.json" or (folder / name).exists():
+            content = read_json(folder / name) if (folder / name).exists() else {}
+            content = {key: value for key, value in content.items() if key != "pad_token"}
+            content |= {} if found is None else {"pad_token": found[1]}
+            files[name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def _end_ids(config: ModelConfig) -> list[int | None]:
+    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

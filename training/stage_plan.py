@@ -19,9 +19,7 @@ with an `init_from` of its own starts there. The command line wins over the file
 --init_from, like one above the stages, is where the first stage starts.
 """
 
-import json
 import re
-import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,15 @@ from typing import Any
 from arguments import did_you_mean
 from errors import UserError
 from training import checkpoints
-from training.config import PRESETS, TrainConfig, _coerce, read_config_file, resolve_config
+from training.config import (
+    PRESETS,
+    TrainConfig,
+    coerce_option,
+    is_read,
+    read_config_content,
+    refuse_unread,
+    resolve_config,
+)
 
 _OF_THE_RUN = ("save_dir", "checkpoint", "device")  # options that all stages have in common
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -38,11 +44,15 @@ _SPECS = {spec.name: spec for spec in fields(TrainConfig)}
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """title: "stage 2 of 3 (answers)"; folder: "2_answers", below --save_dir; options: what the file sets for it."""
+    """title: "stage 2 of 3 (answers)"; folder: "2_answers", below --save_dir; options: what the file sets for it.
+
+    own: the options among them that its own table sets, and not the lines above the stages.
+    """
 
     title: str
     folder: str
     options: dict[str, Any]
+    own: frozenset[str]
 
     @property
     def is_first(self) -> bool:
@@ -62,7 +72,7 @@ class PlannedStage:
 
 def read_plan(path: str) -> list[PlannedStage]:
     """The stages of a .toml, .yaml, .yml or .json file; [] for one that has no `stages`. Raises UserError."""
-    content = _read(path)
+    content = read_config_content(path)
     if "stages" not in content:
         return []
     tables = content.pop("stages")
@@ -78,7 +88,8 @@ def read_plan(path: str) -> list[PlannedStage]:
         options = _checked(table, where)
         if misplaced := [option for option in _OF_THE_RUN if option in options]:
             raise UserError(f"--config {where} sets {misplaced[0]}, which all stages share: set it above them")
-        stages.append(PlannedStage(f"stage {number} of {len(tables)} ({name})", f"{number}_{name}", shared | options))
+        title = f"stage {number} of {len(tables)} ({name})"
+        stages.append(PlannedStage(title, f"{number}_{name}", shared | options, frozenset(options)))
         shared.pop("init_from", None)
     return stages
 
@@ -87,6 +98,7 @@ def check_plan(stages: list[PlannedStage], flags: dict[str, Any]) -> None:
     """UserError, naming the stage, for what would stop one of them: found now, and not when its turn comes."""
     if "stage" in flags:
         raise UserError("--stage cannot be given with a --config file that has stages: each says which it is")
+    configs = []
     for stage in stages:
         config, _ = resolve_config(stage.given(flags), validate=False)
         if config.checkpoint not in (None, "latest"):
@@ -97,11 +109,16 @@ def check_plan(stages: list[PlannedStage], flags: dict[str, Any]) -> None:
             config = replace(config, init_from="the stage before")
         try:
             config.validate()
+            refuse_unread(config, stage.own)
         except UserError as error:
             raise UserError(f"{stage.title}: {error}") from error
+        configs.append(config)
         for option in ("data_dir", "train_data", "eval_data"):
             if missing := [path for path in getattr(config, option) if not Path(path).exists()]:
                 raise UserError(f"{stage.title}: --{option} {missing[0]} does not exist")
+    for name in {*flags}.union(*(stage.options.keys() - stage.own for stage in stages)):
+        if not any(is_read(config, name) for config in configs):
+            raise UserError(f"--{name} is given to all stages, and none of them reads it: leave it out")
 
 
 def finished_checkpoint(given: dict[str, Any], follows: bool) -> Path | None:
@@ -122,27 +139,6 @@ def finished_checkpoint(given: dict[str, Any], follows: bool) -> Path | None:
     return path if state["step"] >= given.get("max_steps", options["max_steps"]) else None
 
 
-def _read(path: str) -> dict[str, Any]:
-    """What the file holds; nothing where it cannot be read or is broken, which read_config_file then puts in a sentence."""
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".toml":
-            content = tomllib.loads(text)
-        elif file.suffix == ".json":
-            content = json.loads(text)
-        elif file.suffix in (".yaml", ".yml"):
-            import yaml  # here: only YAML needs it
-
-            content = yaml.safe_load(text)
-        else:
-            content = {}
-    except Exception:
-        read_config_file(path)
-        raise
-    return content if isinstance(content, dict) else {}
-
-
 def _checked(options: dict[str, Any], where: str) -> dict[str, Any]:
     """The options under their names and of their types. UserError, naming the place, for one that is none or is wrong."""
     checked = {}
@@ -150,5 +146,5 @@ def _checked(options: dict[str, Any], where: str) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in _SPECS:
             raise UserError(f"--config {where} sets {key!r}, which is not an option{did_you_mean(name, _SPECS)}")
-        checked[name] = _coerce(_SPECS[name], value, where)
+        checked[name] = coerce_option(_SPECS[name], value, where)
     return checked

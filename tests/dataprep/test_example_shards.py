@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dataprep.chat_template import load_chat_template
 from dataprep.encoding_examples import encode_example
@@ -24,12 +25,17 @@ from dataprep.tokenizers import load_tokenizer
 from errors import UserError
 from model import ModelConfig, Transformer
 from stages.build import build_stage, open_stage_data
+from training.checkpoints import model_tensors
 from training.config import TrainConfig
 from training.parallel import Ranks
 from training.precision import choose_precision
 from training.scalar_head import RewardModel
 
 MAX_LENGTH = 150  # cuts some of the chats, and leaves others whole
+SHAPE = ModelConfig(
+    vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    max_position_embeddings=MAX_LENGTH,
+)  # fmt: skip
 WORDS = [
     "the", "of", "and", "model", "token", "loss", "gradient", "learns", "reads", "writes", "a", "small", "large", "one",
     "two", "three",
@@ -137,11 +143,25 @@ STAGES = {
 }
 
 
+@pytest.fixture
+def base(tiny_data, tmp_path) -> Path:
+    """A model's folder: the tokenizer, and the weights of a fixed seed."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_data / name, folder)
+    model = Transformer(SHAPE)
+    model.init_weights(0, zero_residual=False)
+    (folder / "config.json").write_text(json.dumps(SHAPE.to_hf()))
+    save_file(model_tensors(model), folder / "model.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_computes_the_same_from_shards_as_from_the_files(write, tiny_data, tmp_path, stage):
+def test_a_stage_computes_the_same_from_shards_as_from_the_files(write, base, tmp_path, stage):
     kind, settings = STAGES[stage]
     rows = write(kind)
-    prepare_examples(options(rows, tmp_path / "data", kind, tiny_data), Quiet())
+    prepare_examples(options(rows, tmp_path / "data", kind, base), Quiet())
     losses = {}
     for way, data in {
         "files": {"train_data": [str(rows / "a.jsonl"), str(rows / "b.jsonl")]},
@@ -152,7 +172,7 @@ def test_a_stage_computes_the_same_from_shards_as_from_the_files(write, tiny_dat
             init_from="x", batch_size=4, max_length=MAX_LENGTH, eval_fraction=0.2, save_dir=str(tmp_path / way),
             **settings, **data,
         )  # fmt: skip
-        opened = open_stage_data(config, tiny_data, MAX_LENGTH)
+        opened = open_stage_data(config, base, MAX_LENGTH)
         losses[way] = [opened.num_samples, opened.max_length, *some_losses(config, opened)]
     assert losses["files"] == losses["shards"]
     assert len(set(losses["files"])) > 8  # they are numbers, and not all the same one
@@ -160,11 +180,7 @@ def test_a_stage_computes_the_same_from_shards_as_from_the_files(write, tiny_dat
 
 def some_losses(config: TrainConfig, opened) -> list[float]:
     """The summed losses and weights of the first micro-batches of a model with fixed weights, then the held-out figures."""
-    shape = ModelConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=MAX_LENGTH,
-    )  # fmt: skip
-    model = RewardModel(shape) if config.stage == "reward" else Transformer(shape)
+    model = RewardModel(SHAPE) if config.stage == "reward" else Transformer(SHAPE)
     model.init_weights(0, zero_residual=False)
     ranks = Ranks(0, 1, torch.device("cpu"))
     stage = build_stage(config, opened, model, ranks, choose_precision("none", ranks.device), micro_batch_size=2)

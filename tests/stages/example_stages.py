@@ -1,18 +1,15 @@
 """What do the tests of stages that learn from examples share? A small model, small examples, and a step as the loop makes it."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import torch._dynamo  # DDP imports it, and each forked rank would spend two seconds on that
 from torch import Tensor, nn
 
 from model import ModelConfig, Transformer
-from tests.ranks import run_ranks
 from training.adapters import LoraLinear, add_adapters
 from training.examples_data import ExampleData, ExampleFeed
 from training.packing import Sequence
-from training.parallel import Ranks, gradient_sync, prepare_model, unwrap
+from training.parallel import Ranks, gradient_sync, unwrap
 from training.precision import choose_precision
 
 CPU = torch.device("cpu")
@@ -82,33 +79,6 @@ def step_gradients(stage, model: nn.Module) -> tuple[float, dict[str, np.ndarray
         loss_sum += loss.item()
     gradients = {n: p.grad.numpy() for n, p in unwrap(model).named_parameters() if p.grad is not None}
     return ranks.sum([loss_sum])[0] / max(1.0, weight), gradients
-
-
-def assert_same_however_divided(make_model: Callable, make_stage: Callable, batch_size=4) -> None:
-    """4 × 1, 2 × 2, 1 × 4 examples, and two ranks with 2 × 1 and 1 × 2: loss and gradients, to 1e-6 of their norm.
-
-    make_stage(model, ranks, micro_batch_size). fp32 sums in other orders differ by some 1e-7.
-    """
-
-    def divided(rank: int, world_size: int, micro_batch_size: int):
-        ranks = Ranks(rank, world_size, CPU)
-        model = prepare_model(make_model(), ranks, compile_model=False)
-        stage = make_stage(model, ranks, micro_batch_size)
-        return len(next(stage.batches(0))), *step_gradients(stage, model)
-
-    count, loss, gradients = divided(0, 1, batch_size)
-    assert count == 1 and loss != 0 and gradients
-    for world_size, micro_batch_size in ((1, 2), (1, 1), (2, 2), (2, 1)):
-        if world_size == 1:
-            results = [divided(0, 1, micro_batch_size)]
-        else:
-            results = run_ranks(divided, world_size, micro_batch_size)
-        for other_count, other_loss, other_gradients in results:
-            assert other_count == batch_size // world_size // micro_batch_size
-            assert abs(other_loss - loss) <= 1e-6 * abs(loss)
-            assert other_gradients.keys() == gradients.keys()
-            for name, gradient in gradients.items():
-                assert np.linalg.norm(other_gradients[name] - gradient) <= 1e-6 * np.linalg.norm(gradient), name
 
 
 def alone(model: nn.Module, sequence: Sequence) -> Tensor:

@@ -18,7 +18,7 @@ from training.adapters import adapters_off, add_adapters
 from training.batches import IGNORE_INDEX
 from training.parallel import Ranks, gradient_sync, prepare_model
 from training.precision import choose_precision
-from training.rollouts import Prompt, RolloutSchedule, Sampling
+from training.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -143,6 +143,34 @@ def by_definition(loss_type, sequences, logprobs, references, beta, max_new_toke
 
 
 @pytest.mark.parametrize("mask_truncated", [False, True])
+def test_an_answers_advantage_is_its_reward_against_its_groups(mask_truncated):
+    """From the drawn answers on: rewards added with their weights, an answer that none of them judges counting nowhere; what
+    was cut off is compared all the same; the answer's tokens are learned and not the prompt's."""
+    rewards = [Reward("small", small_bytes, 2.0), Reward("sometimes", sometimes, 0.5)]
+    stage = a_stage(a_model(), rewards=rewards, mask_truncated=mask_truncated)
+    found = unpacked(next(stage.batches(0)))
+    numbers = stage.schedule.prompt_numbers(0, 12)[stage.schedule.members(0, 0)]
+    seeds = np.array(stage.schedule.seeds(0, 4), dtype=object).reshape(-1, 4)[stage.schedule.members(0, 0)]
+    sequences = iter(found)
+    for number, group in zip(numbers, seeds, strict=True):
+        prompt = stage.prompts[number].tokens
+        rollouts = roll_out(stage.model, [prompt] * 4, list(group), stage.sampling)
+        totals = []
+        for ids in (rollout.response.tolist() for rollout in rollouts):
+            [small], [other] = small_bytes([ids]), sometimes([ids])
+            totals.append(2.0 * small + (0.0 if other is None else 0.5 * other))
+        for rollout, total in zip(rollouts, totals, strict=True):
+            if mask_truncated and not rollout.finished:
+                continue
+            sequence = next(sequences)
+            assert sequence["tokens"].tolist() == rollout.tokens.tolist()
+            assert sequence["learned"].tolist() == [*rollout.is_response[1:], False]
+            wanted = (total - np.mean(totals)) / (np.std(totals, ddof=1) + 1e-4)
+            assert math.isclose(sequence["advantage"], wanted, rel_tol=1e-5, abs_tol=1e-6)
+    assert next(sequences, None) is None and (0 < len(found) < 16 if mask_truncated else len(found) == 16)
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_losses_and_gradients_are_the_papers(loss_type, beta, mask_truncated):
@@ -220,6 +248,16 @@ def test_losses_and_gradients_are_trls(loss_type, beta):
         )
 
 
+def test_clips_are_the_papers_unless_others_are_given():
+    """PPO's; DAPO's clip-higher (Yu et al. 2025, §3.1); GSPO's of a mean over tokens (Zheng et al. 2025, §5.1); CISPO's upper
+    one is ScaleRL's."""
+    clips = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+    stages = {loss_type: a_stage(a_model(), loss_type=loss_type) for loss_type in LOSSES}
+    assert {name: (stage.clip_low, stage.clip_high) for name, stage in stages.items()} == clips
+    given = a_stage(a_model(), loss_type="dapo", clip_low=0.1)
+    assert (given.clip_low, given.clip_high) == (0.1, 0.28)
+
+
 def test_on_policy_nothing_is_stored_and_the_gradient_is_reinforces():
     """One step a phase: no old log-probabilities, ratio 1, the gradient of Σ -A log p / tokens."""
     model = a_model()
@@ -265,7 +303,7 @@ def test_the_reference_is_the_model_without_its_adapters():
 # ------------------------------------------------------------------------------------------------------------ invariants
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])  # one divides by answers, one by tokens
 def test_micro_batches_and_ranks_only_divide(loss_type):
     """4 rows at once = 2 = 1 = two and three ranks (one of which gets no answer that is learned from, once masked):
     the same answers, loss, metrics and gradient to 1e-5 of its size, with minibatches, KL and masked answers."""

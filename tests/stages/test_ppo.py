@@ -379,9 +379,28 @@ def test_held_out_prompts_are_evaluated_with_the_policy():
 # ----------------------------------------------------------------------------------------------------------------- proof
 
 
+def a_learned_base(seed: int) -> Transformer:
+    """A model that has read runs of bytes below 128 and runs of others, of which there are more.
+
+    Adapters leave the head as it is, and where it is random no hidden state of any size favours one half of the bytes much
+    more than the KL to the reference costs: the best P - 0.01 · KL is at P = 0.75 there, so such a base would prove nothing.
+    """
+    model, rng = a_transformer(seed=seed, hidden=64), np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        switches = np.cumsum(rng.random((64, 20)) < 0.15, axis=1)
+        small = (rng.random((64, 1)) < 0.2) ^ (switches % 2 == 1)
+        tokens = torch.from_numpy(np.where(small, 0, 128) + (128 * rng.random((64, 20)) ** 2).astype(int))
+        logits = model.logits(model(tokens[:, :-1]))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+    return model
+
+
 def proof(kind: str, seed: int) -> tuple[float, float]:
     """Held-out share of bytes below 128, before and after 40 updates: 1600 bytes, a deviation of 0.01."""
-    policy = a_transformer(seed=seed, hidden=64)
+    policy = a_transformer(seed=seed, hidden=64) if kind == "full" else a_learned_base(seed)
     if kind == "full":
         model, reference = ActorCritic(policy, new_critic(policy)), copy.deepcopy(policy).requires_grad_(False)
     else:
@@ -399,8 +418,8 @@ def proof(kind: str, seed: int) -> tuple[float, float]:
     return before, stage.evaluate(model, everything=True)["val_reward"]
 
 
-@pytest.mark.parametrize("kind", ["full"])
+@pytest.mark.parametrize("kind", ["full", "adapters"])
 def test_it_learns_to_write_small_bytes(kind):
-    """From about one half to at least 0.80."""
+    """From less than six in ten to at least 0.80."""
     before, after = proof(kind, seed=0)
-    assert 0.4 < before < 0.6 and after >= 0.80, (before, after)
+    assert 0.3 < before < 0.6 and after >= 0.80, (before, after)

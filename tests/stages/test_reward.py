@@ -15,7 +15,6 @@ from tests.stages.example_stages import (
     a_config,
     a_feed,
     a_model,
-    assert_same_however_divided,
     some_examples,
     step_gradients,
 )
@@ -84,14 +83,6 @@ def test_equal_scores_cost_ln_2_and_the_margin_costs_more():
     (batch,) = next(Reward(a_feed(groups)).batches(0))
     expected = sum(math.log1p(math.exp(0.5 * number)) for number in range(4))
     assert math.isclose(Reward(a_feed(groups)).loss(model, batch)[0].item(), expected, rel_tol=1e-6)
-
-
-@pytest.mark.parametrize("make_model", [a_reward_model, an_adapted_reward_model])
-def test_same_however_divided(make_model):
-    groups = with_margins(some_examples(6, size=2))
-    assert_same_however_divided(
-        make_model, lambda model, ranks, size: Reward(a_feed(groups, ranks, micro_batch_size=size))
-    )
 
 
 def test_with_adapters_the_head_and_the_adapters_learn_and_nothing_else():

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from arguments import ArgumentParser
-from dataprep.chat_template import encode_messages, load_chat_template
+from dataprep.chat_template import load_chat_template
+from dataprep.chat_tokens import encode_messages
 from dataprep.examples import Message
 from dataprep.tokenizers import TOKENIZER_FILES, load_tokenizer
 from errors import UserError

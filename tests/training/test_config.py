@@ -10,7 +10,7 @@ import pytest
 
 from arguments import ArgumentParser
 from errors import UserError
-from training.config import TrainConfig, add_options, read_config_file, resolve_config
+from training.config import TrainConfig, add_options, read_config_content, read_config_file, resolve_config
 
 
 def parse(*words: str) -> dict:
@@ -107,12 +107,97 @@ def test_a_wrong_config_file_is_one_sentence(tmp_path, content, words):
         (["--hidden_size", "12"], ["odd width"]),
         (["--decay_fraction", "1.5"], ["--decay_fraction", "between 0 and 1"]),
         (["--data_weights", "1", "2"], ["--data_weights", "--data_dir"]),
+        (["--num_epochs", "0"], ["--num_epochs", "positive"]),
+        (["--clip_low", "0"], ["--clip_low", "positive"]),
+        (["--kto_undesirable_weight", "-1"], ["--kto_undesirable_weight", "positive"]),
+        (["--neftune_alpha", "-5"], ["--neftune_alpha", "not be negative"]),
     ],
 )
 def test_values_that_cannot_work_name_the_flag(flags, words):
     with pytest.raises(UserError) as caught:
         resolve_config(parse("--data_dir", "data", *flags))
     assert all(word in str(caught.value) for word in words)
+
+
+SFT = "--stage sft --init_from base --train_data a.jsonl"
+DPO, REWARD, PPO, GRPO = (
+    f"--stage {stage} --init_from base --train_data a.jsonl" + more
+    for stage, more in (("dpo", ""), ("reward", ""), ("ppo", " --reward_model r"), ("grpo", " --reward_model r"))
+)
+
+
+@pytest.mark.parametrize(
+    "run,option,belongs_to",
+    [
+        (DPO + " --dpo_loss ipo", "simpo_gamma 1", "simpo"),
+        (DPO + " --dpo_loss hinge", "label_smoothing 0.1", "sigmoid"),
+        (DPO, "kto_desirable_weight 2", "kto"),
+        (SFT, "dpo_beta 0.2", "--stage dpo"),
+        (DPO, "center_rewards 0.1", "--stage reward"),
+        (REWARD, "neftune_alpha 5", "--stage sft"),
+        (DPO, "train_on last", "--stage sft"),
+        (PPO, "group_size 4", "--stage grpo"),
+        (PPO, "clip_low 0.1", "--stage grpo"),
+        (GRPO + " --grpo_loss cispo", "clip_low 0.1", "cispo"),
+        (GRPO, "kl_target 3", "--stage ppo"),
+        (GRPO, "eval_tokens 100", "--eval_samples"),
+        (SFT, "num_minibatches 2", "grpo and ppo"),
+        (SFT, "lora_r 8", "--lora"),
+        (SFT, "stride 8", "--stage pretrain"),
+        (SFT, "hidden_size 384", "--init_from"),
+        (SFT, "preset tiny", "--init_from"),
+        (SFT + " --eval_data b.jsonl", "eval_fraction 0.1", "--eval_data"),
+        (SFT, "decay_fraction 0.1", "--schedule wsd"),
+        (SFT, "sample_tokens 10", "--sample_prompt"),
+        ("--data_dir data", "num_epochs 3", "fine-tuning"),
+        ("--data_dir data", "chat_template chatml", "fine-tuning"),
+        ("--data_dir data", "lora_alpha 8", "--lora"),
+    ],
+)
+def test_an_option_that_nothing_would_read_is_refused(tmp_path, run, option, belongs_to):
+    """On the command line and in a file; not where another stage of a plan may read it, nor as what a default sets."""
+    name, value = option.split()
+    resolve_config(parse(*run.split()))
+    with pytest.raises(UserError, match=f"--{name} is for .*{belongs_to}.*: leave it out"):
+        resolve_config(parse(*run.split(), f"--{name}", value))
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({name: value}))
+    with pytest.raises(UserError, match=f"--{name} is for"):
+        resolve_config(parse("--config", str(file), *run.split()))
+    resolve_config(parse(*run.split(), f"--{name}", value), in_plan=True)
+
+
+def test_every_option_is_read_by_some_run():
+    """What is refused in one place is taken where it belongs."""
+    for run in (
+        "--data_dir data --data_weights 1 --stride 8 --z_loss 1e-5 --no-document_mask --vocab_size 99 --decay_fraction 0.1",
+        SFT + " --train_on last --neftune_alpha 5 --eval_fraction 0.1 --chat_template chatml --num_epochs 2",
+        SFT + " --lora --lora_r 8 --lora_alpha 8 --lora_dropout 0.1 --lora_target_modules q_proj",
+        REWARD + " --center_rewards 0.1",
+        DPO + " --dpo_loss sigmoid --label_smoothing 0.1 --dpo_beta 0.2",
+        DPO + " --dpo_loss simpo --simpo_gamma 1",
+        DPO + " --dpo_loss kto --kto_desirable_weight 2 --kto_undesirable_weight 0.5",
+        GRPO + " --group_size 4 --grpo_loss dapo --clip_low 0.1 --clip_high 0.3 --mask_truncated --kl_coefficient 0.1",
+        PPO + " --clip_high 0.3 --kl_target 3 --missing_eos_penalty 1 --num_minibatches 2 --rollout_epochs 2",
+    ):
+        config, origins = resolve_config(parse(*run.split()))
+        assert "command line" in origins.values() and config.stage in run + " --stage pretrain"
+
+
+def test_what_a_file_holds_is_read_before_it_is_checked(tmp_path):
+    """A plan's tables, which are no options, come as they are written; what cannot be read is the same sentence."""
+    file = tmp_path / "plan.toml"
+    file.write_text('save-dir = "out"\n[[stages]]\nstage = "sft"\n')
+    assert read_config_content(str(file)) == {"save-dir": "out", "stages": [{"stage": "sft"}]}
+    with pytest.raises(UserError, match="'stages', which is not an option"):
+        read_config_file(str(file))
+    file.write_text("a = [")
+    sentences = []
+    for read in (read_config_content, read_config_file):
+        with pytest.raises(UserError) as caught:
+            read(str(file))
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1] and "not valid TOML" in sentences[0]
 
 
 def test_no_flag_is_a_prefix_of_a_torchrun_flag():

@@ -2,22 +2,52 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from model import Transformer
+from training.actor_critic import ActorCritic, new_critic
+from training.adapters import add_adapters
 from training.config import TrainConfig
-from training.plan import format_plan, model_shape, plan_run
+from training.packing import Sequence
+from training.plan import example_sizes, format_plan, learning_flops, model_shape, plan_run
+from training.scalar_head import RewardModel
+
+EXAMPLES = {"data_dir": [], "init_from": "base", "train_data": ["a.jsonl"], "optimizer": "adamw", "sample_prompt": ""}
+DRAWN = {**EXAMPLES, "reward_model": "judge", "max_new_tokens": 8}
 
 
 def a_plan(**options):
     settings = {"data_dir": ["data"], "hidden_size": 64, "num_layers": 2, "num_heads": 2, "batch_size": 12} | options
-    world_size = settings.pop("world_size", 1)
+    world_size, sizes = settings.pop("world_size", 1), settings.pop("sizes", {})
     config = TrainConfig(**settings)
     config.validate()
     model = model_shape(config, 300, 32, 0)
-    plan = plan_run(config, model, max_length=32, world_size=world_size, half_precision=False, train_windows=100)
+    plan = plan_run(
+        config, model, max_length=32, world_size=world_size, half_precision=False, train_windows=100, **sizes
+    )
     return config, model, plan
+
+
+def bytes_of(*models: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for model in models for parameter in model.parameters())
+
+
+def kept_bytes(compute) -> int:
+    """What autograd keeps beside parameters in `compute()`."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter):
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = compute()
+    del outputs
+    return sum(saved.values())
 
 
 def test_parameters_are_those_of_the_real_model():
@@ -73,19 +103,117 @@ def test_activation_memory_is_near_what_autograd_saves():
     config, shape, plan = a_plan(batch_size=64)
     model = Transformer(shape)
     model.init_weights(0, zero_residual=False)
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
+    kept = kept_bytes(lambda: model(torch.zeros(64, 32, dtype=torch.int64)))
+    assert math.isclose(plan.memory["activations"], kept, rel_tol=0.35)
+    assert "activations" in format_plan(plan, config, shape, {})
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model(torch.zeros(64, 32, dtype=torch.int64))
-    assert math.isclose(plan.memory["activations"], sum(saved.values()), rel_tol=0.35)
-    assert hidden.requires_grad and "activations" in format_plan(plan, config, shape, {})
+@pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_flops_are_those_that_torch_counts(stage, lora):
+    """torch's own counter on forward and backward, attention as explicit matrix products (so T² is counted): exactly.
+
+    Beside frozen weights no gradient reaches the embedding, so the first layer's q, k and v and the A of their adapters
+    need none of their input: the one thing that the formula counts and nothing computes. Score and value heads have one
+    row each, and are counted by neither.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # adapters add to what W gave, which torch's table of operations, of shapes, lacks
+    in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    config = TrainConfig(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, lora=lora, lora_r=4, stage=stage)
+    shape, length = model_shape(config, 300, 32, 0), 16
+    policy = RewardModel(shape) if stage == "reward" else Transformer(shape)
+    policy.init_weights(0, zero_residual=False)
+    if stage == "reward":
+        policy.init_score(0)
+    names = (("policy", "value") if stage == "ppo" else ("default",)) if lora else ()
+    for name in names:
+        add_adapters(policy, rank=4, alpha=8.0, name=name)
+    model = ActorCritic(policy, None if lora else new_critic(policy)) if stage == "ppo" else policy
+    ids, positions = torch.arange(length)[None], torch.arange(length)[None]
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+        if stage == "ppo":
+            hidden, values = model(ids, positions, None)
+            (policy.logits(hidden).sum() + values.sum()).backward()
+        else:
+            out = model(ids)
+            (out if stage == "reward" else policy.logits(out)).sum().backward()
+    unneeded = len(names) * length * 2 * (64 * (64 + 2 * 32) + 3 * 64 * 4)
+    assert counter.get_total_flops() == length * learning_flops(config, shape, length) - unneeded
+
+
+def test_memory_of_weights_is_that_of_each_stages_models():
+    """Weights exactly as parameters of the real models, whose count the optimizer's state follows."""
+    _, shape, sft = a_plan(**EXAMPLES, stage="sft")
+    policy = Transformer(shape)
+    assert sft.memory["weights (fp32)"] == bytes_of(policy) and "reference (frozen)" not in sft.memory
+    _, _, dpo = a_plan(**EXAMPLES, stage="dpo")
+    assert dpo.memory["weights (fp32)"] == bytes_of(policy) and "reference (frozen)" not in dpo.memory
+    _, _, reward = a_plan(**EXAMPLES, stage="reward")
+    assert reward.memory["weights (fp32)"] == bytes_of(RewardModel(shape)) and len(reward.memory) == 4
+    _, _, ppo = a_plan(**DRAWN, stage="ppo")
+    assert ppo.memory["weights (fp32)"] == bytes_of(policy, new_critic(policy))
+    assert ppo.memory["optimizer state (fp32)"] == 2 * ppo.memory["weights (fp32)"]
+    assert ppo.memory["reference (frozen)"] == bytes_of(policy)
+    assert ppo.memory["reward model (taken to be as large)"] == bytes_of(RewardModel(shape))
+    _, _, grpo = a_plan(**DRAWN, stage="grpo")
+    assert grpo.memory["weights (fp32)"] == bytes_of(policy) and "reference (frozen)" not in grpo.memory
+    _, _, grpo = a_plan(**DRAWN, stage="grpo", kl_coefficient=0.1)
+    assert grpo.memory["reference (frozen)"] == bytes_of(policy)
+    _, _, lora = a_plan(**DRAWN, stage="ppo", lora=True, kl_coefficient=0.1, lora_r=4)
+    for name in ("policy", "value"):
+        add_adapters(policy, rank=4, alpha=8.0, name=name)
+    adapters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert lora.memory["adapters, gradients and optimizer state (fp32)"] == 16 * adapters
+    assert lora.memory["weights (frozen)"] == bytes_of(policy) - 4 * adapters
+    assert "reference (frozen)" not in lora.memory
+
+
+def test_ppo_keeps_the_activations_of_policy_and_critic():
+    """Within 35 % of what autograd keeps, with a critic of its own and with two adapters."""
+    for lora in (False, True):
+        _, shape, plan = a_plan(**DRAWN, stage="ppo", batch_size=64, lora=lora, lora_r=4)
+        policy = Transformer(shape)
+        policy.init_weights(0, zero_residual=False)
+        for name in ("policy", "value") if lora else ():
+            add_adapters(policy, rank=4, alpha=8.0, name=name)
+        model = ActorCritic(policy, None if lora else new_critic(policy))
+        ids = torch.zeros(64, 32, dtype=torch.int64)
+        kept = kept_bytes(lambda model=model, ids=ids: model(ids, torch.arange(32).expand(64, 32), None))
+        assert math.isclose(plan.memory["activations"], kept, rel_tol=0.35)
+
+
+def test_answers_are_drawn_when_there_is_nothing_to_learn_from_them_yet():
+    """Keys and values of the rows that are drawn at once; beside what lasts only the larger of drawing and learning."""
+    _, shape, plan = a_plan(**DRAWN, stage="grpo", group_size=4, rollout_batch_size=16)
+    drawing = plan.memory["drawing answers (keys, values, logits)"]
+    keys_values = 16 * 32 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 2 * 4
+    assert keys_values < drawing < keys_values + 16 * shape.vocab_size * 32
+    lasting = ("weights (fp32)", "optimizer state (fp32)", "reward model (taken to be as large)")
+    rest = sum(plan.memory.values()) - drawing - sum(plan.memory[part] for part in lasting)
+    assert plan.memory_total == sum(plan.memory[part] for part in lasting) + max(drawing, rest)
+    _, _, few = a_plan(**DRAWN, stage="grpo", group_size=4, batch_size=2, rollout_batch_size=16)
+    assert few.memory["drawing answers (keys, values, logits)"] == drawing / 2
+
+
+def test_examples_are_counted_by_their_tokens():
+    """Pairs of 10 and 20 tokens, answers to prompts of 5 and 9; without them, rows of --max_length."""
+    pairs = [[Sequence(np.arange(n), np.ones(n, bool)) for n in (10, 20)] for _ in range(3)]
+    config, shape, plan = a_plan(**EXAMPLES, stage="dpo")
+    assert plan.tokens_per_step == 12 * 2 * 32 and "at most 768 tokens" in format_plan(plan, config, shape, {})
+    sizes = example_sizes(config, pairs)
+    assert sizes == {"tokens_per_example": 30.0}
+    config, _, plan = a_plan(**EXAMPLES, stage="dpo", sizes=sizes, max_steps=50)
+    assert (plan.tokens_per_step, plan.total_tokens) == (12 * 30, 50 * 12 * 30) and plan.epochs == 50 * 12 / 100
+    config, _, _ = a_plan(**EXAMPLES, stage="dpo", dpo_loss="kto")
+    assert example_sizes(config, pairs) == {"tokens_per_example": 10.0}
+    prompts = [Sequence(np.arange(n), np.zeros(n, bool)) for n in (5, 9)]
+    config, _, _ = a_plan(**DRAWN, stage="grpo", group_size=4)
+    assert example_sizes(config, prompts) == {"tokens_per_example": 4 * (7 + 8.0), "longest_prompt": 9}
+    config, _, plan = a_plan(**DRAWN, stage="ppo", max_steps=100)  # each answer is learned from in four epochs
+    assert plan.epochs == 100 * 12 / 100 / 4
 
 
 def test_a_run_that_ends_in_its_warm_up_is_told():

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from errors import UserError
 from model import ModelConfig, Transformer
 from training import checkpoints
+from training.adapter_files import peft_files
 from training.adapters import adapters_off, add_adapters
-from training.scalar_head import RewardModel
+from training.scalar_head import RewardModel, padding_files
 
 EOS, VOCABULARY = 2, 97
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -162,6 +164,90 @@ def test_the_pad_token_is_never_one_that_ends_a_sequence(given, pad):
     """transformers would look past it and read the score of the token before."""
     model = RewardModel(ModelConfig(vocab_size=VOCABULARY, **SHAPE, **given))
     assert model.config.pad_token_id == pad and model.config.to_hf()["pad_token_id"] == pad
+
+
+# special tokens, the role "pad_token", words in the vocabulary (the embedding has 97 rows), and what must be padded with
+TOKENIZERS = {
+    "no pad token": (["</s>"], None, 90, "<|pad|>"),
+    "pad token": (["</s>", "[PAD]"], "[PAD]", 97, "[PAD]"),
+    "pad token of another name": (["</s>", "<filler>"], "<filler>", 97, "<filler>"),
+    "pad is eos, and rows are left": (["</s>", "<s>"], "</s>", 90, "<|pad|>"),
+    "pad is eos, and no row is left": (["<s>", "<|im_start|>", "<|im_end|>", "<extra>"], "<|im_end|>", 97, "<extra>"),
+    "pad ends turns": (["</s>", "<|im_end|>", "<unused>"], "<|im_end|>", 97, "<unused>"),
+    "pad is named": (["</s>", "<|finetune_right_pad_id|>", "<x>"], "</s>", 90, "<|finetune_right_pad_id|>"),
+    "nothing to pad with": (["</s>"], "</s>", 97, None),
+}
+
+
+def a_base(folder, kind: str):
+    """A language model with a tokenizer of words w0, w1, …"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special, pad, size, _ = TOKENIZERS[kind]
+    folder.mkdir()
+    words = [*special, *(f"w{number}" for number in range(size - len(special)))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    eos = "<|im_end|>" if special[0] == "<s>" else "</s>"
+    roles = {"eos_token": eos, "bos_token": "<s>" if "<s>" in special else None, "pad_token": pad}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | {name: token for name, token in roles.items() if token}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    shape = ModelConfig(vocab_size=VOCABULARY, eos_token_id=words.index(eos), **SHAPE)
+    shape.pad_token_id = words.index(pad) if pad else None
+    model = Transformer(shape)
+    model.init_weights(1, zero_residual=False)
+    (folder / "config.json").write_text(json.dumps(model.config.to_hf()))
+    save_file(checkpoints.model_tensors(model), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_batch_padded_by_the_saved_tokenizer_has_our_scores(kind, lora, tmp_path):
+    """transformers alone, tokenizer and model from the checkpoint (PEFT's on the base), against each text by itself here."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base, expected = a_base(tmp_path / "base", kind), TOKENIZERS[kind][-1]
+    model = RewardModel.from_pretrained(base, seed=5)
+    files = {name: (base / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    adapter = None
+    if lora:
+        add_adapters(model, rank=4, alpha=8.0)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.fill_(0.1)
+        adapter = peft_files(model, "default", str(base))
+    result = checkpoints.save(
+        tmp_path, 1, model=model, optimizers=[], state={}, files=files | padding_files(base), keep_checkpoints=0,
+        adapter=adapter,
+    )  # fmt: skip
+    assert result.ok, result.message
+    tokenizer = AutoTokenizer.from_pretrained(result.path)
+    assert tokenizer.pad_token == expected
+    assert (result.path / "tokenizer.json").read_bytes() == files["tokenizer.json"]
+    texts = ["w5 w6 w7", "w8 w9 w10 w11 w12 w13 w14"]
+    texts = [f"{text} {tokenizer.eos_token}" for text in texts]
+    if expected is None:  # better no score than a wrong one
+        with pytest.raises(ValueError, match="padding token"):
+            tokenizer(texts, padding=True)
+        return
+    padded = tokenizer(texts, padding=True, return_tensors="pt")
+    assert padded["input_ids"][0, -1] == tokenizer.pad_token_id != tokenizer.eos_token_id
+    if lora:
+        peft = pytest.importorskip("peft")
+        theirs = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, pad_token_id=tokenizer.pad_token_id
+        )
+        theirs = peft.PeftModel.from_pretrained(theirs, result.path)
+    else:
+        theirs = AutoModelForSequenceClassification.from_pretrained(result.path)
+    with torch.no_grad():
+        found = theirs(**padded).logits[:, 0]
+        ours = torch.stack([model(torch.tensor([tokenizer(text)["input_ids"]]))[0, -1] for text in texts])
+    assert ours.std() > 1e-2
+    torch.testing.assert_close(found, ours, atol=1e-5, rtol=1e-5)
 
 
 def test_mistakes_are_named(tmp_path):

@@ -108,7 +108,7 @@ def test_a_stage_with_a_start_of_its_own_keeps_it(plan):
     assert [stage.folder for stage in stages] == ["1_pretrain", "2_sft"]
 
 
-@pytest.mark.parametrize("text,suffix", [("seed = 1", "toml"), ("seed: 1", "yaml"), ("", "yaml"), ("stages: 1", "txt")])
+@pytest.mark.parametrize("text,suffix", [("seed = 1", "toml"), ("seed: 1", "yaml"), ("{}", "json")])
 def test_a_file_without_stages_is_no_plan(plan, text, suffix):
     assert plan(text, suffix) == []
 
@@ -154,6 +154,9 @@ def test_what_would_stop_a_later_stage_is_found_before_the_first(plan, tmp_path)
         (start + 'train_data = "nowhere.jsonl"', ()): ["stage 2 of 2 (sft)", "nowhere.jsonl does not exist"],
         (start + f'train_data = "{tmp_path}/a.jsonl"\ndora = true', ()): ["stage 2 of 2 (sft)", "add --lora"],
         ('[[stages]]\nstage = "sft"\ntrain_data = "x"', ()): ["stage 1 of 1 (sft)", "--init_from is missing"],
+        (start + f'train_data = "{tmp_path}/a.jsonl"\nsimpo_gamma = 1.0', ()): ["stage 2 of 2 (sft)", "--simpo_gamma"],
+        (f"lora_r = 4\n[[stages]]\n{good}", ()): ["--lora_r", "none of them"],
+        (f"[[stages]]\n{good}", (("group_size", 4),)): ["--group_size", "none of them"],
         (f"[[stages]]\n{good}", (("stage", "sft"),)): ["--stage cannot be given"],
         (f"[[stages]]\n{good}", (("checkpoint", "best"),)): ["--checkpoint best", "--checkpoint latest"],
         (f"[[stages]]\n{good}", (("num_heads", 7),)): ["stage 1 of 1 (pretrain)", "--num_heads 7"],

@@ -1,0 +1,75 @@
+"""How do tests run train.py in a process that they can kill? A fork of the test process, which has imported torch: seconds
+less than a new interpreter."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch._dynamo  # DDP imports it, as the last evaluation does the plots: each fork would spend seconds on them
+
+import train
+import training.plots  # noqa: F401
+from errors import run_script
+
+
+@dataclass
+class Ended:
+    """Exit code and what the process wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Forked:
+    """`train.py WORDS` in a forked process, with its output in files."""
+
+    def __init__(self, folder: Path, words: list[object], **environment: str):
+        folder.mkdir(exist_ok=True)
+        self._streams = folder / "stdout", folder / "stderr"
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(
+            target=self._run, args=([str(word) for word in words], environment), daemon=True
+        )
+        self._process.start()
+
+    def _run(self, words: list[str], environment: dict[str, str]) -> None:
+        sys.stdout, sys.stderr = (open(path, "w", buffering=1) for path in self._streams)  # noqa: SIM115
+        os.dup2(sys.stderr.fileno(), 2)  # to which a signal handler writes
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        run_script(lambda: train.main(words))
+
+    def send(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float = 120) -> Ended:
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, "the run hangs"
+        code = self._process.exitcode
+        return Ended(code, *(path.read_text() for path in self._streams))
+
+
+def start_ranks(folder: Path, *words: object) -> list[Forked]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        Forked(folder / str(rank), list(words), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)
+    ]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the run did not get there"
+        time.sleep(0.005)

@@ -1,0 +1,55 @@
+"""Where does a run go on? From step 0, or from a checkpoint that fits the command and the data it is given."""
+
+import os
+import sys
+from pathlib import Path
+
+from errors import UserError
+from training import checkpoints
+from training.config import TrainConfig
+
+
+def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
+    """(the checkpoint to resume from or None, its saved state). A worker that torchrun restarted resumes by itself."""
+    which = config.checkpoint
+    if which is None and was_restarted():
+        which = "latest"
+    if which is None:
+        if existing := checkpoints.list_checkpoints(config.save_dir):
+            raise UserError(
+                f"--save_dir {config.save_dir} already holds a run at step {existing[-1][0]}: continue it with "
+                "--checkpoint latest, or choose another --save_dir"
+            )
+        return None, {}
+    found = checkpoints.resolve(which, config.save_dir)
+    for path, reason in found.skipped:
+        print(f"warning: skipped {path}: {reason}", file=sys.stderr)
+    if found.path is None:
+        if found.skipped:
+            raise UserError(f"no checkpoint in {config.save_dir} is whole; to start anew choose another --save_dir")
+        print(f"no checkpoint in {config.save_dir} yet: starting at step 0", file=sys.stderr)
+        return None, {}
+    state = checkpoints.load_state(found.path)
+    newer = [path for step, path in checkpoints.list_checkpoints(config.save_dir) if step > state["step"]]
+    if set(newer) - {path for path, _ in found.skipped}:
+        raise UserError(
+            f"--save_dir {config.save_dir} holds {newer[-1].name}, which is newer than {found.path}: to go on from an "
+            "earlier step choose another --save_dir"
+        )
+    return found.path, state
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started this worker again after a crash."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def check_data_order(saved: dict, now: dict, checkpoint: Path | None) -> None:
+    """UserError when a resumed run would see other samples than the run it continues."""
+    flags = {"fingerprints": "--data_dir", "weights": "--data_weights"}
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"{checkpoint} was trained with {flags.get(name, '--' + name)} {saved.get(name)}, this run has {value}; "
+                "give the same data and options, or start a new run in another --save_dir"
+            )
