@@ -108,9 +108,7 @@ class DPO:
 
     def batches(self, first_sample: int) -> Iterator[list[MicroBatch]]:
         """For each optimizer step from sample `first_sample` on, without end: this rank's micro-batches."""
-        while True:
-            yield self._micro_batches(self.feed.groups(first_sample))
-            first_sample += self.feed.batch_size
+        return self.feed.batches(first_sample, self._micro_batches)
 
     def epoch(self, first_sample: int) -> float:
         return self.feed.data.epoch(first_sample)
@@ -200,9 +198,7 @@ class KTO:
 
     def batches(self, first_sample: int) -> Iterator[list[MicroBatch]]:
         """For each optimizer step from sample `first_sample` on, without end: this rank's micro-batches."""
-        while True:
-            yield self._micro_batches(self.feed.groups(first_sample))
-            first_sample += self.feed.batch_size
+        return self.feed.batches(first_sample, self._micro_batches)
 
     def epoch(self, first_sample: int) -> float:
         return self.feed.data.epoch(first_sample)

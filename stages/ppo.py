@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from errors import UserError
 from model import Transformer
 from stages.advantages import adapted_kl_coefficient, generalised_advantages, kl_estimate, pad_rows, whiten
-from stages.rewards import Reward, combine, describe_phase, evaluate_rewards, judge
+from stages.rewards import Reward, combine, describe_phase, evaluate_rewards, judge, some_and_all
 from training.actor_critic import ActorCritic, reference_policy
 from training.adapters import adapter_settings
 from training.batches import IGNORE_INDEX, MicroBatch
@@ -238,19 +238,13 @@ class PPO:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
-        """The rewards of one answer to each of the first `eval_samples` held-out prompts; with `everything`, and more of
-        them, those of all under `_all`. {} where there are none. val_loss is -val_reward."""
-        figures = self._evaluate(self.eval_samples or len(self.eval_prompts))
-        if everything and 0 < self.eval_samples < len(self.eval_prompts):
-            figures |= {f"{name}_all": value for name, value in self._evaluate(len(self.eval_prompts)).items()}
-        return figures
+        """The rewards of one answer to each held-out prompt, of `eval_samples` or of all, as `some_and_all` says."""
+        return some_and_all(self._evaluate, self.eval_prompts, self.eval_samples, everything)
 
-    def _evaluate(self, count: int) -> dict[str, float]:
-        if not self.eval_prompts:
-            return {}
+    def _evaluate(self, prompts: list[Prompt]) -> dict[str, float]:
         with self.precision.autocast(self.ranks.device), self.model.acting() as policy:
             return evaluate_rewards(
-                policy, self.eval_prompts[:count], self.rewards, self.decode, self.sampling, self.ranks,
+                policy, prompts, self.rewards, self.decode, self.sampling, self.ranks,
                 seed=self.schedule.seed, timeout=self.reward_timeout,
             )  # fmt: skip
 

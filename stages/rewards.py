@@ -234,7 +234,7 @@ def _find_culprit(reward: Reward, keywords: dict[str, list], count: int, timeout
     for at in range(count):
         try:
             _call_once(reward.function, {name: column[at : at + 1] for name, column in keywords.items()}, timeout)
-        except Exception:
+        except Exception:  # which one is reported already: here only for which answer
             return at
     return 0
 
@@ -300,6 +300,19 @@ def call_within(seconds: float, function: Callable[[], object]) -> object:
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def some_and_all(
+    evaluate: Callable[[SequenceOf[Prompt]], dict[str, float]], prompts: SequenceOf[Prompt], some: int, everything: bool
+) -> dict[str, float]:
+    """The figures that `evaluate` finds for the first `some` held-out prompts (0: for all); with `everything`, and more of
+    them, those of all under `_all`. {} where there are none."""
+    if not prompts:
+        return {}
+    figures = evaluate(prompts[: some or len(prompts)])
+    if everything and 0 < some < len(prompts):
+        figures |= {f"{name}_all": value for name, value in evaluate(prompts).items()}
+    return figures
 
 
 def evaluate_rewards(

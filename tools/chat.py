@@ -9,7 +9,6 @@ everything else to stderr. An answer ends with the template's end of a turn or w
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,9 +20,8 @@ from dataprep.chat_template import ChatTemplate, load_chat_template
 from dataprep.chat_tokens import describe_template, encode_messages, end_of_turn_id, stop_token_ids
 from dataprep.examples import Message
 from dataprep.tokenizers import Tokenizer, load_tokenizer
-from errors import UserError
 from model import Transformer
-from tools.generate import check_model, find_model
+from tools.generate import add_shared_arguments, check_model, check_settings, find_model
 from training.generation import TextDecoder, stream_ids
 from training.loading import find_adapter, load_for_use
 from training.parallel import choose_device
@@ -32,26 +30,17 @@ from training.precision import choose_precision
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR",
-        required=True,
-        help="a checkpoint, a run's folder (its newest whole checkpoint), or any Hugging Face Llama or Qwen3 folder",
-    )
+    add_shared_arguments(parser)
     add("--adapter", metavar="DIR", help="a PEFT folder, or a run that trained adapters, to put on that model")
     add("--system", metavar="TEXT", help="a system message at the beginning of every dialogue")
     add("--chat_template", metavar="NAME", help="chatml, llama3 or a Jinja file (default: the checkpoint's own)")
     add("--max_new_tokens", type=int, default=512, help="an answer has at most this many tokens")
-    add("--temperature", type=float, default=0.8, help="below 1 likely tokens become likelier; 0 takes the likeliest")
-    add("--top_k", type=int, default=50, help="draw from this many of the likeliest tokens only; 0 from all")
-    add("--top_p", type=float, default=0.95, help="draw from the fewest likely tokens that hold this probability")
     add("--seed", type=int, default=0, help="the same seed and turns give the same answers")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes a GPU if there is one")
 
 
 def main(args: argparse.Namespace) -> int:
     """Answer the lines of stdin."""
-    check_settings(args)
+    check_settings(args, {"system": [args.system] if args.system else []})
     device = choose_device(args.device)
     model, folder = load(args.checkpoint, args.adapter, device)
     tokenizer = load_tokenizer(folder)
@@ -166,19 +155,3 @@ def up_to(end: str, pieces: Iterable[str]) -> Iterator[str]:
         yield held[: len(held) - begun]
         held = held[len(held) - begun :]
     yield held
-
-
-def check_settings(args: argparse.Namespace) -> None:
-    """Raises UserError, naming the flag, for a value that means nothing."""
-    limits = {
-        "max_new_tokens": (args.max_new_tokens >= 1, "at least 1"),
-        "temperature": (0 <= args.temperature < math.inf, "0 (take the likeliest token) or more"),
-        "top_k": (args.top_k >= 0, "at least 1, or 0 to draw from all tokens"),
-        "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
-        "seed": (0 <= args.seed < 2**63, "from 0 to 2^63"),
-    }
-    for flag, (good, wanted) in limits.items():
-        if not good:
-            raise UserError(f"--{flag} is {getattr(args, flag)}; it must be {wanted}")
-    if any("\ud800" <= character <= "\udfff" for character in args.system or ""):
-        raise UserError(f"--system {args.system!r} is not UTF-8 text; give it in that encoding")

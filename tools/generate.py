@@ -26,12 +26,7 @@ from training.precision import choose_precision
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR",
-        required=True,
-        help="a checkpoint, a run's folder (its newest whole checkpoint), or any Hugging Face Llama or Qwen3 folder",
-    )
+    add_shared_arguments(parser)
     add(
         "--prompt",
         metavar="TEXT",
@@ -41,17 +36,28 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="the text to continue; several are done in turn, also when the flag is repeated",
     )
     add("--max_new_tokens", type=int, default=200, help="at most this many tokens are added")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--num_samples", type=int, default=1, help="continuations of each prompt")
+
+
+def add_shared_arguments(parser: ArgumentParser) -> None:
+    """The flags of every tool that lets a model write: which one, where, and how tokens are drawn."""
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="a checkpoint, a run's folder (its newest whole checkpoint), or any Hugging Face Llama or Qwen3 folder",
+    )
     add("--temperature", type=float, default=0.8, help="below 1 likely tokens become likelier; 0 takes the likeliest")
     add("--top_k", type=int, default=50, help="draw from this many of the likeliest tokens only; 0 from all")
     add("--top_p", type=float, default=0.95, help="draw from the fewest likely tokens that hold this probability")
-    add("--seed", type=int, default=0, help="the same seed gives the same text")
-    add("--num_samples", type=int, default=1, help="continuations of each prompt")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes a GPU if there is one")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print num_samples continuations of each prompt."""
-    check_settings(args)
+    check_settings(args, {"prompt": args.prompt}, args.num_samples)
     folder = find_model(args.checkpoint)
     device = choose_device(args.device)
     tokenizer = load_tokenizer(folder)
@@ -93,22 +99,23 @@ def print_continuation(
             return end.value
 
 
-def check_settings(args: argparse.Namespace) -> None:
-    """Raises UserError, naming the flag, for a value that means nothing."""
+def check_settings(args: argparse.Namespace, texts: dict[str, list[str]], num_samples: int = 1) -> None:
+    """Raises UserError, naming the flag, for a value that means nothing. texts: those of each flag that takes text."""
     limits = {
         "max_new_tokens": (args.max_new_tokens >= 1, "at least 1"),
         "temperature": (0 <= args.temperature < math.inf, "0 (take the likeliest token) or more"),
         "top_k": (args.top_k >= 0, "at least 1, or 0 to draw from all tokens"),
         "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
-        "num_samples": (args.num_samples >= 1, "at least 1"),
-        "seed": (0 <= args.seed < 2**63 - args.num_samples, "from 0 to 2^63"),
+        "num_samples": (num_samples >= 1, "at least 1"),
+        "seed": (0 <= args.seed < 2**63 - num_samples, "from 0 to 2^63"),
     }
     for flag, (good, wanted) in limits.items():
         if not good:
             raise UserError(f"--{flag} is {getattr(args, flag)}; it must be {wanted}")
-    for prompt in args.prompt:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how bytes that are not UTF-8 arrive
-            raise UserError(f"--prompt {prompt!r} is not UTF-8 text; give it in that encoding")
+    for flag, given in texts.items():
+        for text in given:
+            if any("\ud800" <= character <= "\udfff" for character in text):  # how bytes that are not UTF-8 arrive
+                raise UserError(f"--{flag} {text!r} is not UTF-8 text; give it in that encoding")
 
 
 def find_model(where: str) -> Path:

@@ -27,9 +27,9 @@ from training.adapter_files import (
     new_folder,
     read_adapter_config,
     stored_dtype,
-    write_weights,
 )
 from training.adapters import is_quantised, merged_state, plain_shapes, quantise_layers
+from training.checkpoints import write_weights
 from training.loading import find_adapter, find_base
 from training.safetensors_writer import file_crc32, write_file
 from training.save_folder import CONFIG

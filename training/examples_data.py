@@ -68,6 +68,14 @@ class ExampleFeed:
         samples = self.samples(first)
         return [self.data.groups[number] for number in self.data.numbers(samples.start, len(samples))]
 
+    def batches(
+        self, first: int, micro_batches: Callable[[list[Group]], list[MicroBatch]]
+    ) -> Iterator[list[MicroBatch]]:
+        """For each optimizer step from sample `first` on, without end: what `micro_batches` makes of its examples."""
+        while True:
+            yield micro_batches(self.groups(first))
+            first += self.batch_size
+
     def pack(self, groups: SequenceOf[Group]) -> list[MicroBatch]:
         """Micro-batches that hold every sequence once, in order."""
         return pack_examples(groups, self.max_length, self.micro_batch_size)

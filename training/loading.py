@@ -37,6 +37,7 @@ from training.safetensors_writer import safetensors_chunks
 from training.save_folder import ADAPTER_CONFIG
 from training.scalar_head import RewardModel
 
+_DESCRIPTIONS = ("config.json", ADAPTER_CONFIG)  # of a model, of an adapter
 CRITIC_FILE = "critic.safetensors"  # of a PPO run: what its checkpoint holds beside the policy
 
 
@@ -48,17 +49,23 @@ def find_base(init_from: str, flag: str = "--init_from") -> Path:
     path = Path(init_from)
     if not path.is_dir():
         raise UserError(f"{flag} {init_from} is not a folder; name a Hugging Face folder, a run or a checkpoint")
-    if not any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
-        if not checkpoints.list_checkpoints(path):
-            raise UserError(
-                f"{flag} {init_from} holds neither config.json nor a checkpoint_step_N; name a folder that does"
-            )
-        path = checkpoints.resolve(init_from, init_from).path
+    path = _newest(path)
+    if not any((path / name).exists() for name in _DESCRIPTIONS):
+        raise UserError(
+            f"{flag} {init_from} holds neither config.json nor a checkpoint_step_N; name a folder that does"
+        )
     if (path / ADAPTER_CONFIG).exists():
         raise UserError(
             f"{flag} {path} holds adapters, not a model: make one of them and their base with utils.py merge"
         )
     return path
+
+
+def _newest(folder: Path) -> Path:
+    """The folder itself, or, of a run, its newest whole checkpoint. Raises UserError where a run has none that is whole."""
+    if not any((folder / name).exists() for name in _DESCRIPTIONS) and checkpoints.list_checkpoints(folder):
+        return checkpoints.resolve(folder, folder).path
+    return folder
 
 
 def read_shape(folder: Path) -> ModelConfig:
@@ -128,9 +135,7 @@ def reward_adapter(config: TrainConfig, base: Path) -> Path | None:
     """The PEFT folder that --reward_model means, if it is one. Raises UserError where it does not fit the run."""
     if config.reward_model is None or not config.lora:
         return None
-    path = Path(config.reward_model)
-    if path.is_dir() and not (path / ADAPTER_CONFIG).exists() and checkpoints.list_checkpoints(path):
-        path = checkpoints.resolve(path, path).path
+    path = _newest(Path(config.reward_model))
     if not (path / ADAPTER_CONFIG).exists():
         return None
     described = read_adapter_config(path)
@@ -227,9 +232,7 @@ def make_optimizers(
 
 def find_adapter(where: str | Path) -> Path:
     """The PEFT folder that is meant: `where` itself, or the newest whole checkpoint of a run that trained adapters."""
-    folder = Path(where)
-    if not (folder / ADAPTER_CONFIG).exists() and checkpoints.list_checkpoints(folder):
-        folder = checkpoints.resolve(folder, folder).path
+    folder = _newest(Path(where))
     if not (folder / ADAPTER_CONFIG).exists():
         raise UserError(f"--adapter {where} holds no {ADAPTER_CONFIG}; name a folder with an adapter")
     return folder

@@ -98,7 +98,7 @@ class RewardModel(Transformer):
         and for a classifier with another number of labels than one.
         """
         folder = Path(folder)
-        config = _read_config(folder)
+        config = read_json(folder / "config.json")
         is_classifier = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
         shape = ModelConfig.from_hf(config)
         if (padding := padding_token(folder, shape)) is not None:
@@ -116,15 +116,6 @@ class RewardModel(Transformer):
         model.score.to_empty(device=device)
         model.init_score(seed)
         return model
-
-
-def _read_config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: there is no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: the file is not valid JSON ({error})") from error
 
 
 # ---- the pad token ---------------------------------------------------------------------------------------------------
@@ -168,7 +159,7 @@ def padding_files(folder: str | Path) -> dict[str, bytes]:
     Where there is no token to pad with, none is named: transformers then refuses to pad, instead of reading a wrong score.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_json(folder / "config.json")
     config.pop("quantization_config", None)
     found = padding_token(folder, ModelConfig.from_hf(config))
     files = {}

@@ -13,16 +13,17 @@ from model import ModelConfig, Transformer
 from stages.ppo import PPO
 from stages.rewards import Reward
 from tests.ranks import run_ranks
+from tests.stages.drawn_stages import ALONE, gradient_of, loss_and_gradient, train
 from training.actor_critic import ActorCritic, adapter_scores, new_critic, reference_policy, scores_of
 from training.adapters import adapters_active, adapters_off, add_adapters
 from training.batches import IGNORE_INDEX
 from training.packing import Sequence, pack
-from training.parallel import Ranks, gradient_sync, prepare_model
+from training.parallel import Ranks, prepare_model
 from training.precision import choose_precision
 from training.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, CPU)
+
 TEMPERATURE = 0.8
 SAMPLING = Sampling(
     max_new_tokens=10, temperature=TEMPERATURE, stop_ids=tuple(range(240, 256)), vocab_size=256, batch_size=16
@@ -70,35 +71,6 @@ def a_stage(model, reference, ranks=ALONE, **changes) -> PPO:
 
 def small_bytes(completion_ids) -> list[float]:
     return [float(np.mean(np.array(ids) < 128)) for ids in completion_ids]
-
-
-def loss_and_gradient(stage, model, micro_batches, ranks=ALONE) -> tuple[np.ndarray, dict[str, float]]:
-    """As train.py's loop does it: summed, divided once by the weight of all micro-batches and ranks."""
-    model.zero_grad()
-    [total_weight] = ranks.sum([float(sum(batch.weight for batch in micro_batches))])
-    sums = defaultdict(lambda: [0.0, 0.0])
-    for index, batch in enumerate(micro_batches):
-        with gradient_sync(model, enabled=index == len(micro_batches) - 1):
-            loss, metrics = stage.loss(model, batch)
-            (loss * (ranks.world_size / total_weight)).backward()
-        for name, (value, weight) in metrics.items():
-            sums[name] = [sums[name][0] + value.item(), sums[name][1] + weight]
-    flat = ranks.sum([part for name in sorted(sums) for part in sums[name]])
-    metrics = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(sorted(sums))}
-    return gradient_of(model), metrics
-
-
-def gradient_of(model) -> np.ndarray:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double().numpy()
-
-
-def train(stage, model, optimizer, steps: int, first_sample: int = 0) -> list[dict[str, float]]:
-    rows = []
-    for _, micro_batches in zip(range(steps), stage.batches(first_sample), strict=False):
-        rows.append(loss_and_gradient(stage, model, micro_batches)[1])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return rows
 
 
 def unpacked(micro_batches) -> list[dict]:
