@@ -37,7 +37,7 @@ from training.batches import MicroBatch
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, device_name, git_commit, next_command, versions
 from training.generation import stream_text
-from training.loading import build_model, checkpoint_parts, find_base, make_optimizers, read_shape, reward_adapter
+from training.loading import build_model, checkpoint_parts, make_optimizers, read_shape, reward_adapter
 from training.metrics import Clock, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
 from training.parallel import (
     Ranks,
@@ -55,6 +55,7 @@ from training.resume import check_data_order, find_checkpoint
 from training.run_files import read_history
 from training.schedule import learning_rate_factor
 from training.stage_plan import check_plan, read_plan
+from training.standing import Pins, stand_on
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
 MAX_FAILED_SAVES = 3
@@ -115,8 +116,9 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     origins |= dict.fromkeys(from_file or (), "config file")
     if config.batch_size < ranks.world_size:
         raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
+    config, pins, said = stand_on(config, saved, resumed_from)
     precision = choose_precision(config.mixed_precision, ranks.device)
-    base = find_base(config.init_from) if config.init_from else None
+    base = Path(config.init_from) if config.init_from else None
     base_shape = read_shape(base) if base else None
     head_dim = base_shape.head_dim if base_shape else config.hidden_size // config.num_heads
     attention = choose_attention(config.attention, ranks.device, precision.dtype, head_dim=head_dim)
@@ -127,7 +129,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
 
     # ------------------------------------------------------------------------------------------------------------- data
-    data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings)
+    data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings, saved.get("data_order", {}))
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
     if config.stage != "pretrain" and origins["max_steps"] == "default":
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
@@ -154,7 +156,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
             "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
         })
     )  # fmt: skip
-    for sentence in data.report:
+    for sentence in said + data.report:
         log.say(sentence)
 
     # ------------------------------------------------------------------------------------------------ model, optimizers
@@ -175,7 +177,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size)
     if isinstance(stage, PPO) and resumed_from:
         stage.load_state(saved["stage"])
-    run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
+    run = Run(config, pins, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
     run.step, run.samples = start_step, saved.get("samples_consumed", 0)
     run.tokens = saved.get("tokens_consumed", run.samples * data.max_length)
     return run
@@ -248,6 +250,7 @@ class Run:
     """What the loop works on, and the three things it does with it: a step, a checkpoint, an evaluation."""
 
     config: TrainConfig
+    stands_on: Pins
     plan: RunPlan
     peak_tflops: float | None  # of one device, None where it is not known
     ranks: Ranks
@@ -334,6 +337,7 @@ class Run:
             "samples_consumed": self.samples,
             "tokens_consumed": self.tokens,
             "data_order": self.data.order,
+            "stands_on": self.stands_on,
             "scaler": self.scaler.state(),
             "stage": self.stage.state() if isinstance(self.stage, PPO) else {},
             "versions": versions(),

@@ -71,13 +71,15 @@ class RefusedMessagesError(UserError):
 class ChatTemplate:
     """A Jinja template. name: a shipped one's, or the file it comes from; tool_source: used instead where tools are given.
 
-    special_tokens: {"bos_token": "<s>", ...}, variables of the template.
+    special_tokens: {"bos_token": "<s>", ...}, variables of the template. now: the moment of which it may write the date;
+    None is that of the rendering, as transformers has it.
     """
 
     name: str
     source: str
     tool_source: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
+    now: datetime | None = None
 
     def render(
         self,
@@ -124,16 +126,20 @@ class ChatTemplate:
         compiled = _compile(source, self.name)
         try:
             return compiled.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self.special_tokens
-            )
+                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt,
+                strftime_now=(self.now or datetime.now()).strftime, **self.special_tokens,
+            )  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # it is a program
             raise RefusedMessagesError(f"the chat template {self.name} refuses the messages: {error}") from None
 
 
-def load_chat_template(folder: str | Path, override: str | None = None) -> ChatTemplate:
+def load_chat_template(
+    folder: str | Path, override: str | None = None, now: datetime | None = None
+) -> ChatTemplate:  # fmt: skip
     """The chat template of a tokenizer's folder: chat_template.jinja, else tokenizer_config.json's, else ChatML.
 
-    override: "chatml", "llama3", or a file with a Jinja template, instead. UserError for a template that is not Jinja.
+    override: "chatml", "llama3", or a file with a Jinja template, instead. now: see ChatTemplate. UserError for a template
+    that is not Jinja.
     """
     folder = Path(folder)
     config = _read_json(folder / "tokenizer_config.json")
@@ -162,7 +168,7 @@ def load_chat_template(folder: str | Path, override: str | None = None) -> ChatT
     for text in (source, tool_source):
         if text is not None:
             _compile(text, name)
-    return ChatTemplate(name, source, tool_source, tokens)
+    return ChatTemplate(name, source, tool_source, tokens, now)
 
 
 # ---- Jinja as transformers has it ------------------------------------------------------------------------------------
@@ -189,7 +195,6 @@ def _compile(source: str, name: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -209,10 +214,6 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 def _token_text(token: Any) -> str:

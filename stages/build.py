@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ from training.packing import Sequence
 from training.parallel import Ranks, unwrap
 from training.precision import Precision
 from training.rollouts import Prompt, RolloutSchedule, Sampling
+from training.save_folder import from_rank_0
 from training.scalar_head import RewardModel, padding_files
 
 Stage = Pretrain | SFT | RewardStage | DPO | KTO | GRPO | PPO
@@ -80,11 +82,14 @@ class StageData:
     files: dict[str, bytes] = field(default_factory=dict)  # further ones for every checkpoint: the chat template
 
 
-def open_stage_data(config: TrainConfig, base: Path | None, context: int | None) -> StageData:
-    """The data of config.stage. base: the folder of the model that is trained on, context: the tokens it can take."""
+def open_stage_data(config: TrainConfig, base: Path | None, context: int | None, saved_order: dict) -> StageData:
+    """The data of config.stage. base: the folder of the model that is trained on, context: the tokens it can take.
+
+    saved_order: `order` as the run that goes on has kept it; {} at the start of one.
+    """
     if config.stage == "pretrain":
         return _open_shards(config, base)
-    return _open_examples(config, base, context)
+    return _open_examples(config, base, context, saved_order)
 
 
 def build_stage(
@@ -162,9 +167,11 @@ def _check_vocabulary(config: TrainConfig, metadata: list[Metadata], tokenizer: 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def _open_examples(config: TrainConfig, base: Path, context: int) -> StageData:
+def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: dict) -> StageData:
     tokenizer = load_tokenizer(base)
-    template = load_chat_template(base, override=config.chat_template)
+    # a template that writes the date goes on writing that of the run's first day
+    today = saved_order.get("template_date") or from_rank_0(lambda: datetime.now().isoformat())
+    template = load_chat_template(base, override=config.chat_template, now=datetime.fromisoformat(today))
     report = describe_template(tokenizer, template)
     shards = _open_example_shards(config, base, tokenizer, template) if config.data_dir else None
     max_length = config.max_length or (min(context, DEFAULT_LENGTH) if shards is None else shards.metadata.max_length)
@@ -197,13 +204,15 @@ def _open_examples(config: TrainConfig, base: Path, context: int) -> StageData:
     first = train[0] if isinstance(train[0], Prompt) else train[0][0]
     shown = Sequence(first.tokens, np.zeros(len(first.tokens), bool)) if isinstance(first, Prompt) else first
     report.append(show_example(tokenizer, shown, color=sys.stdout.isatty()))
-    fingerprints = [_digest(Path(path).read_bytes()) for path in config.train_data]
     order = {
-        "fingerprints": fingerprints if shards is None else [shards.metadata.fingerprint], "max_length": max_length,
-        "template": template_digest(template),
+        "fingerprints": _digests(config.train_data) if shards is None else [shards.metadata.fingerprint],
+        "held_out": _digests(config.eval_data), "rename_columns": sorted(config.rename_columns),
+        "max_length": max_length, "template": template_digest(template),
         "train_on": config.train_on if shards is None else shards.metadata.options["train_on"],
         "eval_fraction": config.eval_fraction, "seed": config.seed,
     }  # fmt: skip
+    if template.reads("strftime_now"):
+        order["template_date"] = today
     stops = tuple(stop_token_ids(tokenizer, template))
     files = {"chat_template.jinja": template.source.encode()}
     if config.stage == "reward":
@@ -370,7 +379,7 @@ def _judge(
 def _preference_stage(config: TrainConfig, data: StageData, feed: ExampleFeed, model: nn.Module) -> DPO | KTO:
     """With the reference's log-probabilities beside the examples, where they are not those of a model without adapters."""
     if not config.lora and config.dpo_loss not in WITHOUT_REFERENCE:
-        feed = with_kept_reference(config, feed, model, base=data.tokenizer_folder, order=data.order)
+        feed = with_kept_reference(config, feed, model, base=data.tokenizer_folder)
     if config.dpo_loss == "kto":
         weights = config.kto_desirable_weight, config.kto_undesirable_weight
         return KTO(feed, model, config.dpo_beta, *weights)
@@ -383,5 +392,6 @@ def _named(config: TrainConfig) -> str:
     return f"--stage {config.stage}" + (f" --dpo_loss {config.dpo_loss}" if config.stage == "dpo" else "")
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _digests(paths: list[str]) -> list[str]:
+    """SHA-256 of each file."""
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]

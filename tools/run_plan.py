@@ -16,8 +16,8 @@ import torch
 from errors import UserError
 from tools import merge
 from training import checkpoints
+from training.adapter_files import read_adapter_config
 from training.config import TrainConfig
-from training.loading import find_base
 from training.parallel import Ranks, StopRequest
 from training.resume import was_restarted
 from training.save_folder import from_rank_0, read_json
@@ -79,7 +79,8 @@ def language_model_of(given: dict[str, Any]) -> Path:
     checkpoint = checkpoints.resolve(save_dir, save_dir).path
     if not (checkpoint / checkpoints.ADAPTER_CONFIG).exists():
         return checkpoint
-    base, merged = find_base(given["init_from"]), save_dir / "merged"
+    # the base that it was trained over: the newest checkpoint of --init_from may be another by now
+    base, merged = Path(read_adapter_config(checkpoint)["base_model_name_or_path"]), save_dir / "merged"
     checkpoints.clean(save_dir)  # of a merge that was cut short
 
     def make() -> None:

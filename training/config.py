@@ -94,6 +94,7 @@ class TrainConfig:
     simpo_gamma: float = option("preference", "simpo: the margin that chosen must win by", 0.5)
     kto_desirable_weight: float = option("preference", "kto: of the loss of desirable answers; where one kind is rarer, weigh it more", 1.0)
     kto_undesirable_weight: float = option("preference", "kto: of the loss of the others", 1.0)
+    reference_cache: str | None = option("preference", "folder that keeps the reference's log-probabilities for the next run on the same examples, or none (default: beside the data)", None)
     center_rewards: float = option("preference", "reward: weight of (chosen + rejected)^2, which keeps scores around zero", 0.01)
 
     reward_function: list[str] = option("reinforcement", "what answers are worth: exact_answer, numeric_answer, format=REGEX, regex=REGEX, length=TOKENS, or package.module:function of your own; several are added", [])
@@ -376,6 +377,10 @@ _READ_ONLY: tuple[tuple[str, str, Callable[[TrainConfig], bool]], ...] = (
     ("label_smoothing", "--stage dpo --dpo_loss sigmoid", lambda c: (c.stage, c.dpo_loss) == ("dpo", "sigmoid")),
     ("simpo_gamma", "--stage dpo --dpo_loss simpo", lambda c: (c.stage, c.dpo_loss) == ("dpo", "simpo")),
     ("kto_desirable_weight kto_undesirable_weight", "--stage dpo --dpo_loss kto", lambda c: (c.stage, c.dpo_loss) == ("dpo", "kto")),
+    (
+        "reference_cache", "--stage dpo on all weights with a loss that has a reference",
+        lambda c: c.stage == "dpo" and not c.lora and c.dpo_loss not in ("simpo", "orpo"),
+    ),
     ("center_rewards", "--stage reward", lambda c: c.stage == "reward"),
     (
         "reward_function reward_weights reward_model reward_timeout max_new_tokens temperature rollout_batch_size "

@@ -46,18 +46,22 @@ def find_base(init_from: str, flag: str = "--init_from") -> Path:
 
     Raises UserError where there is none, or where it holds adapters alone.
     """
-    path = Path(init_from)
-    if not path.is_dir():
-        raise UserError(f"{flag} {init_from} is not a folder; name a Hugging Face folder, a run or a checkpoint")
-    path = _newest(path)
-    if not any((path / name).exists() for name in _DESCRIPTIONS):
-        raise UserError(
-            f"{flag} {init_from} holds neither config.json nor a checkpoint_step_N; name a folder that does"
-        )
+    path = find_model_or_adapter(init_from, flag)
     if (path / ADAPTER_CONFIG).exists():
         raise UserError(
             f"{flag} {path} holds adapters, not a model: make one of them and their base with utils.py merge"
         )
+    return path
+
+
+def find_model_or_adapter(where: str, flag: str) -> Path:
+    """As `find_base`, and an adapter's folder will do."""
+    path = Path(where)
+    if not path.is_dir():
+        raise UserError(f"{flag} {where} is not a folder; name a Hugging Face folder, a run or a checkpoint")
+    path = _newest(path)
+    if not any((path / name).exists() for name in _DESCRIPTIONS):
+        raise UserError(f"{flag} {where} holds neither config.json nor a checkpoint_step_N; name a folder that does")
     return path
 
 

@@ -44,12 +44,23 @@ def was_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+# the flag that decides each part of a run's data order, where it is not the part's own name
+_FLAGS = {
+    "fingerprints": "--data_dir or --train_data", "weights": "--data_weights", "held_out": "--eval_data",
+    "template": "--chat_template, or the model's own",
+}  # fmt: skip
+
+
 def check_data_order(saved: dict, now: dict, checkpoint: Path | None) -> None:
-    """UserError when a resumed run would see other samples than the run it continues."""
-    flags = {"fingerprints": "--data_dir", "weights": "--data_weights"}
+    """UserError when a resumed run would see other samples than the run it continues.
+
+    What a checkpoint of an older version does not know is not checked.
+    """
     for name, value in now.items():
-        if saved.get(name) != value:
+        if name in saved and saved[name] != value:
+            flag = _FLAGS.get(name, f"--{name}")
+            words = "other content than" if name in ("fingerprints", "held_out", "template") else f"{value} instead of"
             raise UserError(
-                f"{checkpoint} was trained with {flags.get(name, '--' + name)} {saved.get(name)}, this run has {value}; "
-                "give the same data and options, or start a new run in another --save_dir"
+                f"{flag}: {words} {saved[name]}, with which {checkpoint} was trained; give the same data and options, or "
+                "start a new run in another --save_dir"
             )
