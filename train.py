@@ -30,6 +30,7 @@ from errors import UserError, run_script
 from kernels.attention import activate, choose_attention, describe_attention
 from kernels.choice import choose_kernels, describe_kernels
 from stages.build import Stage, StageData, build_stage, open_stage_data
+from stages.grpo import GRPO
 from stages.ppo import PPO
 from tools.run_plan import run_plan
 from training import checkpoints
@@ -129,7 +130,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
 
     # ------------------------------------------------------------------------------------------------------------- data
-    data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings, saved.get("data_order", {}))
+    data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings, saved.get("data_order"))
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
     if config.stage != "pretrain" and origins["max_steps"] == "default":
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
@@ -175,11 +176,12 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, table))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
     stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size)
-    if isinstance(stage, PPO) and resumed_from:
+    if isinstance(stage, (GRPO, PPO)) and resumed_from:
         stage.load_state(saved["stage"])
     run = Run(config, pins, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
     run.step, run.samples = start_step, saved.get("samples_consumed", 0)
     run.tokens = saved.get("tokens_consumed", run.samples * data.max_length)
+    run.empty_steps = saved.get("empty_steps", 0)
     return run
 
 
@@ -213,6 +215,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
     for step, micro_batches in zip(
         range(start_step, config.max_steps), clock.timed(chain([first], batches)), strict=False
     ):
+        run.give_up_if_unscored(step)
         log.status("compiling" if config.compile_model and step == start_step else "training", step)
         lr_factor = learning_rate_factor(
             step, max_steps=config.max_steps, warmup_steps=config.resolved_warmup_steps, schedule=config.schedule,
@@ -265,6 +268,8 @@ class Run:
     samples: int = 0  # consumed so far: the run's position in the data
     tokens: int = 0
     step_tokens: int = 0  # of the last step, over all ranks
+    empty_steps: int = 0  # of which no rank had anything to learn
+    saved_step: int | None = None
     failed_saves: int = 0
     best_loss: float | None = None
     bad_steps: Tensor = field(init=False)  # in a row, counted on the device
@@ -289,12 +294,27 @@ class Run:
 
     def optimizer_step(
         self, micro_batches: list[MicroBatch], lr_factor: float, stop_here: bool
-    ) -> tuple[dict[str, tuple[Tensor, float]], Tensor, bool]:
-        """One step on the global batch. Returns (metric sums of this rank, gradient norm, whether any rank wants to stop)."""
+    ) -> tuple[dict[str, tuple[Tensor, float]], Tensor | None, bool]:
+        """One step on the global batch. Returns (metric sums of this rank, gradient norm, whether any rank wants to stop).
+
+        Where no rank has anything to learn, weights and optimizer stay as they are and the norm is None: momentum and decay
+        would move them by as much as a step that learns.
+        """
         weight, tokens = (float(sum(getattr(b, name) for b in micro_batches)) for name in ("weight", "num_tokens"))
         total_weight, tokens, stops = self.ranks.sum([weight, tokens, float(stop_here)])
         metrics = self.backward(micro_batches, max(1.0, total_weight))
+        grad_norm = self.update_weights(lr_factor) if total_weight else None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.empty_steps += not total_weight
+        self.step += 1
+        self.samples += self.config.batch_size
+        self.step_tokens = int(tokens)
+        self.tokens += self.step_tokens
+        return metrics, grad_norm, stops > 0
 
+    def update_weights(self, lr_factor: float) -> Tensor:
+        """One step of every optimizer with the gradients as they are; returns their norm before it is clipped."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler.enabled:
             torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
@@ -308,14 +328,21 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         self.scaler.update(finite)
         self.bad_steps = torch.where(finite, 0.0, self.bad_steps + 1)
-        self.step += 1
-        self.samples += self.config.batch_size
-        self.step_tokens = int(tokens)
-        self.tokens += self.step_tokens
-        return metrics, grad_norm, stops > 0
+        return grad_norm
+
+    def give_up_if_unscored(self, step: int) -> None:
+        """Alert after a round of answers without one that was scored; end the run after several. Every rank calls it."""
+        if not isinstance(self.stage, (GRPO, PPO)):
+            return
+        if self.stage.unscored.alert:
+            self.log.event(step, "alert", f"step {step:,}: {self.stage.unscored.alert}")
+        if sentence := self.stage.unscored.sentence():
+            if step not in (0, self.saved_step):
+                self.save(step)  # what was learned before
+            raise UserError(sentence)
+        self.stage.unscored.alert = None
 
     def give_up_if_diverged(self, step: int) -> None:
         bad = int(self.bad_steps.item())
@@ -339,7 +366,8 @@ class Run:
             "data_order": self.data.order,
             "stands_on": self.stands_on,
             "scaler": self.scaler.state(),
-            "stage": self.stage.state() if isinstance(self.stage, PPO) else {},
+            "stage": self.stage.state() if isinstance(self.stage, (GRPO, PPO)) else {},
+            "empty_steps": self.empty_steps,
             "versions": versions(),
             "git_commit": git_commit(),
         }
@@ -352,7 +380,7 @@ class Run:
             **checkpoint_parts(self.config, self.model, self.data.tokenizer_folder if self.config.lora else None),
         )  # fmt: skip
         if result.ok:
-            self.failed_saves = 0
+            self.failed_saves, self.saved_step = 0, step
             self.log.event(step, "save", f"saved {result.path}" + (f" ({result.message})" if result.message else ""))
             return
         self.failed_saves += 1
@@ -369,7 +397,8 @@ class Run:
         start = time.perf_counter()
         if figures := self.stage.evaluate(self.model, everything=last):
             self.log.evaluation(step, time.perf_counter() - start, figures)
-            self.mark_if_best(step, figures["val_loss"])
+            if figures["val_loss"] is not None:
+                self.mark_if_best(step, figures["val_loss"])
         if not self.ranks.is_main:
             return
         if self.config.sample_prompt:
@@ -400,7 +429,9 @@ class Run:
             checkpoints.mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
 
 
-def train_row(run: Run, figures: dict[str, float], lr_factor: float, grad_norm: Tensor, clock: Clock) -> TrainRow:
+def train_row(
+    run: Run, figures: dict[str, float | None], lr_factor: float, grad_norm: Tensor | None, clock: Clock
+) -> TrainRow:  # fmt: skip
     plan, seconds = run.plan, clock.seconds_per_step()
     rate = clock.tokens / max(1, clock.steps) / seconds
     used, reserved = memory_gb(run.ranks.device)
@@ -409,7 +440,7 @@ def train_row(run: Run, figures: dict[str, float], lr_factor: float, grad_norm: 
         step=run.step,
         loss=figures["loss"],
         lr=run.config.learning_rate * lr_factor,
-        grad_norm=grad_norm.item(),
+        grad_norm=None if grad_norm is None else grad_norm.item(),
         tok_s=rate,
         tok_s_gpu=rate / plan.world_size,
         mfu=useful / (run.peak_tflops * 1e12) if run.peak_tflops else None,
@@ -421,6 +452,7 @@ def train_row(run: Run, figures: dict[str, float], lr_factor: float, grad_norm: 
         scaler=run.scaler.scale.item() if run.scaler.enabled else None,
         mem_gb=used,
         mem_reserved_gb=reserved,
+        empty_steps=run.empty_steps,
     )
 
 

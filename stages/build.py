@@ -82,14 +82,16 @@ class StageData:
     files: dict[str, bytes] = field(default_factory=dict)  # further ones for every checkpoint: the chat template
 
 
-def open_stage_data(config: TrainConfig, base: Path | None, context: int | None, saved_order: dict) -> StageData:
+def open_stage_data(
+    config: TrainConfig, base: Path | None, context: int | None, saved_order: dict | None = None
+) -> StageData:  # fmt: skip
     """The data of config.stage. base: the folder of the model that is trained on, context: the tokens it can take.
 
-    saved_order: `order` as the run that goes on has kept it; {} at the start of one.
+    saved_order: `order` as the run that goes on has kept it; None at the start of one.
     """
     if config.stage == "pretrain":
         return _open_shards(config, base)
-    return _open_examples(config, base, context, saved_order)
+    return _open_examples(config, base, context, saved_order or {})
 
 
 def build_stage(

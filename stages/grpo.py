@@ -16,7 +16,7 @@ token (see stages/advantages.py).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from errors import UserError
 from model import Transformer
 from stages.advantages import group_advantages, kl_estimate, kl_loss
-from stages.rewards import Reward, combine, describe_phase, evaluate_rewards, judge, some_and_all
+from stages.rewards import (
+    Reward,
+    UnscoredPhases,
+    combine,
+    describe_phase,
+    evaluate_rewards,
+    judge,
+    phase_metrics,
+    some_and_all,
+)
 from training.actor_critic import reference_policy
 from training.adapters import adapter_settings
 from training.batches import IGNORE_INDEX, MicroBatch
@@ -94,6 +103,7 @@ class GRPO:
     mask_truncated: bool = False
     reward_timeout: float = 60.0
     eval_samples: int = 0
+    unscored: UnscoredPhases = field(default_factory=UnscoredPhases)
 
     def __post_init__(self) -> None:
         if self.loss_type not in CLIPS:
@@ -109,6 +119,13 @@ class GRPO:
         if self.loss_type == "dr_grpo":
             self.advantage_scale = "none"
         self.model.eval()
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint must hold beside weights, optimizer and position."""
+        return {"unscored_phases": self.unscored.in_a_row}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self.unscored.in_a_row = state.get("unscored_phases", 0)
 
     # -------------------------------------------------------------------------------------------------------- batches
 
@@ -133,19 +150,22 @@ class GRPO:
         own, seeds = prompts[part], self.schedule.seeds(phase, self.group_size)[part]
         with self.precision.autocast(self.ranks.device):
             rollouts = roll_out(self.model, [prompt.tokens for prompt in own], seeds, self.sampling)
-        scores = judge(self.rewards, own, rollouts, self.decode, timeout=self.reward_timeout)
+        samples: dict[str, str] = {}
+        scores = judge(self.rewards, own, rollouts, self.decode, timeout=self.reward_timeout, samples=samples)
         figures = self._logprobs(rollouts)
         answers = gather_parts(list(zip(rollouts, figures, scores, strict=True)), self.ranks)
 
         all_scores = np.array([scores for _, _, scores in answers])
         rewards = combine(all_scores, self.rewards).reshape(-1, self.group_size)
+        self.unscored.see(rewards, self.rewards, samples)
         advantages = group_advantages(rewards, scale=self.advantage_scale).ravel()
         report = describe_phase([rollout for rollout, _, _ in answers], all_scores, rewards.ravel(), self.rewards)
         equal = [len(set(group[~np.isnan(group)])) < 2 for group in rewards]
         report["equal_groups"] = float(np.mean(equal))  # these teach nothing
         sequences = []
-        for (rollout, columns, _), advantage in zip(answers, advantages, strict=True):
-            learned = rollout.is_response & (rollout.finished or not self.mask_truncated)
+        for (rollout, columns, _), advantage, reward in zip(answers, advantages, rewards.ravel(), strict=True):
+            # of an answer that nothing could judge nothing is known: it has no place in a denominator either
+            learned = rollout.is_response & (rollout.finished or not self.mask_truncated) & (not np.isnan(reward))
             sequences.append(Sequence(rollout.tokens, learned, columns, {"advantage": float(advantage), **report}))
         starts = range(0, len(sequences), self.group_size)
         return [sequences[start : start + self.group_size] for start in starts]
@@ -227,7 +247,7 @@ class GRPO:
         if self.kl_coefficient:
             metrics["kl"] = ((kl * mean_share).sum(), weight)
         reported = {name: column for name, column in batch.columns.items() if name not in _LOSS_COLUMNS}
-        return total, metrics | {name: (column.mean() * weight, weight) for name, column in reported.items()}
+        return total, metrics | phase_metrics(reported)
 
     def _surrogate(self, ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
         if self.loss_type == "cispo":

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from errors import UserError
 from model import Transformer
 from stages.advantages import adapted_kl_coefficient, generalised_advantages, kl_estimate, pad_rows, whiten
-from stages.rewards import Reward, combine, describe_phase, evaluate_rewards, judge, some_and_all
+from stages.rewards import (
+    Reward,
+    UnscoredPhases,
+    combine,
+    describe_phase,
+    evaluate_rewards,
+    judge,
+    phase_metrics,
+    some_and_all,
+)
 from training.actor_critic import ActorCritic, reference_policy
 from training.adapters import adapter_settings
 from training.batches import IGNORE_INDEX, MicroBatch
@@ -82,6 +91,7 @@ class PPO:
     whiten_rewards: bool = False
     reward_timeout: float = 60.0
     eval_samples: int = 0
+    unscored: UnscoredPhases = field(default_factory=UnscoredPhases)
     _next_kl_coefficient: float = field(init=False)  # of the phase after the present one
 
     def __post_init__(self) -> None:
@@ -95,10 +105,15 @@ class PPO:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must hold beside weights, optimizer and position."""
-        return {"kl_coefficient": self.kl_coefficient, "next_kl_coefficient": self._next_kl_coefficient}
+        return {
+            "kl_coefficient": self.kl_coefficient,
+            "next_kl_coefficient": self._next_kl_coefficient,
+            "unscored_phases": self.unscored.in_a_row,
+        }
 
     def load_state(self, state: dict[str, float]) -> None:
         self.kl_coefficient, self._next_kl_coefficient = state["kl_coefficient"], state["next_kl_coefficient"]
+        self.unscored.in_a_row = state.get("unscored_phases", 0)
 
     # -------------------------------------------------------------------------------------------------------- batches
 
@@ -126,12 +141,14 @@ class PPO:
         own, seeds = prompts[part], self.schedule.seeds(phase, 1)[part]
         with self.precision.autocast(self.ranks.device), self.model.acting() as policy:
             rollouts = roll_out(policy, [prompt.tokens for prompt in own], seeds, self.sampling)
-        scores = judge(self.rewards, own, rollouts, self.decode, timeout=self.reward_timeout)
+        samples: dict[str, str] = {}
+        scores = judge(self.rewards, own, rollouts, self.decode, timeout=self.reward_timeout, samples=samples)
         figures = figures_of(
             [Sequence(rollout.tokens, rollout.is_response) for rollout in rollouts], self._figures,
             device=self.ranks.device, max_length=self.max_length, micro_batch_size=self.micro_batch_size,
         )  # fmt: skip
         answers = gather_parts(list(zip(rollouts, figures, scores, strict=True)), self.ranks)
+        self.unscored.see(combine(np.array([scores for _, _, scores in answers]), self.rewards), self.rewards, samples)
         return self._experience(*map(list, zip(*answers, strict=True)))
 
     def _figures(self, batch: MicroBatch) -> dict[str, Tensor]:
@@ -232,7 +249,7 @@ class PPO:
             "value_clip_fraction": ((value_clipped > value_plain) * learned).sum(),
         }
         metrics = {name: (value.detach(), weight) for name, value in sums.items()}
-        return total, metrics | {name: (column.mean() * weight, weight) for name, column in batch.columns.items()}
+        return total, metrics | phase_metrics(batch.columns)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 from training.batches import IGNORE_INDEX, MicroBatch, TrainingData, Windows, evaluation_micro_batches
+from training.metrics import mean
 from training.parallel import Ranks, unwrap
 from training.precision import Precision
 
@@ -90,4 +91,4 @@ class Pretrain:
                 _, metrics = self.loss(inner, batch.to(device))
             loss += metrics["loss"][0].double().cpu()
         loss_sum, weight, num_bytes = ranks.sum([loss.item(), weight, num_bytes])
-        return {"val_loss": loss_sum / max(1, weight), "val_bpb": loss_sum / math.log(2) / max(1, num_bytes)}
+        return {"val_loss": mean(loss_sum, weight), "val_bpb": mean(loss_sum / math.log(2), num_bytes)}

@@ -2,7 +2,8 @@
 
 A reward function is f(prompts, completions, **columns) -> list[float | None]: texts, and one list for each column of the
 data, among them `completion_ids`, the answers' tokens; it is given those that its signature names, all with **keywords.
-None says that it cannot judge. It may be async. Shipped ones are named, some with an argument behind "=":
+The first two parameters may have any names, as in f(prompts, responses). None and NaN say that it cannot judge: nothing is
+learned from such an answer. It may be async. Shipped ones are named, some with an argument behind "=":
 
     exact_answer     1 where the final answer is that of the data, as a number or word for word, else 0
     numeric_answer   1 where the final answer, or the last number, is the data's number, else 0
@@ -10,14 +11,16 @@ None says that it cannot judge. It may be async. Shipped ones are named, some wi
     regex=REGEX      1 where the pattern is found
     length=N         0 up to N tokens, falling to -1 at 2 N (soft overlong punishment; Yu et al. 2025, eq. 13)
 
-The final answer is what the last \\boxed{…} holds, else what follows the last "####" (GSM8K), else the whole text. The
-data's answer is in the first of the columns answer, solution, ground_truth, target and label.
+The final answer is what the last \\boxed{…} holds, else what follows the last "####" (GSM8K), else the whole text; how a
+number may be written is in answers.py. The data's answer is in the first of the columns answer, solution, ground_truth,
+target and label.
 """
 
 import asyncio
 import ctypes
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -25,7 +28,6 @@ import threading
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from torch import Tensor
 from arguments import did_you_mean
 from errors import UserError
 from model import Transformer
+from stages.answers import as_number, final_answer, last_number
 from training.batches import MicroBatch
 from training.packing import Sequence, pack
 from training.parallel import Ranks
@@ -43,8 +46,8 @@ from training.sampler import hash_key
 
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "target", "label")
 _EVALUATION_KEY = 20
+MAX_UNSCORED_PHASES = 3  # in a row, before the run gives up
 _DEFAULT_FORMAT = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
-_NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:/\d+)?")
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,12 @@ def judge(
     decode: Callable[[list[int]], str],
     *,
     timeout: float,
+    samples: dict[str, str] | None = None,
 ) -> np.ndarray:
     """(answers, rewards) float64: what each reward says of each rollout of the prompt beside it; NaN is None.
 
-    Texts are without the stop token. timeout: seconds for one call. UserError, naming the function and the sample, where
+    Texts are without the stop token. timeout: seconds for one call. samples: takes what each reward returned for its first
+    answer, to be shown. UserError, naming the function and the sample, where
     one raises, takes longer, or gives anything but a number or None for each answer.
     """
     scores = np.full((len(rollouts), len(rewards)), np.nan)
@@ -115,9 +120,12 @@ def judge(
     }
     for index, reward in enumerate(rewards):
         if reward.on_tokens:
-            scores[:, index] = reward.function([rollout.tokens for rollout in rollouts])
+            given = reward.function([rollout.tokens for rollout in rollouts])
         else:
-            scores[:, index] = _call(reward, columns, timeout)
+            given = _call(reward, columns, timeout)
+        scores[:, index] = [_as_float(reward.name, value, prompts[at].text) for at, value in enumerate(given)]
+        if samples is not None:
+            samples[reward.name] = f"{given[0]!r} for the answer {_short(columns['completions'][0])}"
     return scores
 
 
@@ -158,9 +166,10 @@ def describe_phase(
 ) -> dict[str, float]:
     """Metrics of a rollout phase: mean and deviation (n - 1) of the reward and, if several, of each; lengths; endings.
 
-    scores (answers, rewards) and total (answers,), of all ranks; what is NaN does not count.
+    scores (answers, rewards) and total (answers,), of all ranks; what is NaN does not count, and is its own figure,
+    unscored, the share of answers that no reward could judge. A figure of nothing is NaN.
     """
-    figures = {"reward": _mean(total), "reward_std": _std(total)}
+    figures = {"reward": _mean(total), "reward_std": _std(total), "unscored": float(np.isnan(total).mean())}
     if len(rewards) > 1:
         for reward, column in zip(rewards, scores.T, strict=True):
             figures |= {f"reward_{reward.name}": _mean(column), f"reward_{reward.name}_std": _std(column)}
@@ -170,26 +179,67 @@ def describe_phase(
 
 def _mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else 0.0
+    return float(known.mean()) if known.size else math.nan
 
 
 def _std(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
-    return float(known.std(ddof=1)) if known.size > 1 else 0.0
+    return float(known.std(ddof=1)) if known.size > 1 else math.nan
+
+
+def phase_metrics(columns: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
+    """{figure of the phase: (sum, weight)} from columns that are the same for every answer; NaN weighs nothing.
+
+    Weighed by answers and not by what is learned, so that a step of which nothing is learned has them too.
+    """
+    known = {name: column[~column.isnan()] for name, column in columns.items()}
+    return {name: (column.sum(), float(len(column))) for name, column in known.items()}
+
+
+@dataclass
+class UnscoredPhases:
+    """How many rollout phases in a row had no answer that a reward could judge, and what is to be said of it.
+
+    alert: a sentence for the log, set by such a phase and taken by the loop. in_a_row goes into checkpoints.
+    """
+
+    in_a_row: int = 0
+    alert: str | None = None
+
+    def see(self, total: np.ndarray, rewards: SequenceOf[Reward], samples: dict[str, str]) -> None:
+        """After each phase; total (answers,) of all ranks, samples as `judge` gives them."""
+        if not np.isnan(total).all():
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        shown = "; ".join(f"{name} returned {sample}" for name, sample in samples.items())
+        self.alert = (
+            f"no answer of this round was scored ({', '.join(reward.name for reward in rewards)}), so nothing is learned "
+            f"from it: {shown or 'no sample on this rank'}"
+        )
+
+    def sentence(self) -> str | None:
+        """Why the run must end, or None."""
+        if self.in_a_row < MAX_UNSCORED_PHASES:
+            return None
+        return (
+            f"in {self.in_a_row} rounds of answers in a row none was scored; correct --reward_function or the column that "
+            f"it compares with, and go on with --checkpoint latest: {self.alert}"
+        )
 
 
 def _call(reward: Reward, columns: dict[str, list], timeout: float) -> list[float]:
-    keywords = _accepted(reward.function, columns)
+    arguments = _accepted(reward.function, columns)
     count = len(columns["prompts"])
     try:
-        given = _call_once(reward.function, keywords, timeout)
+        given = _call_once(reward.function, arguments, timeout)
     except CallTimeout:
         raise UserError(
             f"reward {reward.name} was not done with {count} answers after {timeout:g} s, the first to the prompt "
             f"{_short(columns['prompts'][0])}; make it faster or raise --reward_timeout"
         ) from None
     except Exception as error:
-        at = _find_culprit(reward, keywords, count, timeout)
+        at = _find_culprit(reward, arguments, count, timeout)
         raise UserError(
             f"reward {reward.name} raised {type(error).__name__}: {error}, for the answer "
             f"{_short(columns['completions'][at])} to the prompt {_short(columns['prompts'][at])}; correct the function, "
@@ -198,21 +248,29 @@ def _call(reward: Reward, columns: dict[str, list], timeout: float) -> list[floa
     if not isinstance(given, (list, tuple, np.ndarray)) or len(given) != count:
         found = f"{len(given)} values" if hasattr(given, "__len__") else type(given).__name__
         raise UserError(f"reward {reward.name} returned {found} for {count} answers; it must return a list of {count}")
-    return [_as_float(reward.name, value, columns["prompts"][at]) for at, value in enumerate(given)]
+    return list(given)
 
 
-def _accepted(function: Callable, columns: dict[str, list]) -> dict[str, list]:
-    """The columns that the function's signature names; all of them if it takes **keywords or hides its signature."""
+def _accepted(function: Callable, columns: dict[str, list]) -> tuple[list[list], dict[str, list]]:
+    """(positional arguments, keywords): the columns that the signature names, all if it takes **keywords or hides it.
+
+    Where it needs a parameter that is no column, its first two are the prompts and the answers.
+    """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())
     except ValueError:
-        return columns
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return columns
-    return {name: column for name, column in columns.items() if name in {parameter.name for parameter in parameters}}
+        return [], columns
+    named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    first: list[str] = []
+    if any(one.default is one.empty and one.name not in columns for one in named):
+        first = [one.name for one in named[:2] if one.kind is not one.KEYWORD_ONLY]
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    names = (columns.keys() if takes_all else {one.name for one in named} & columns.keys()) - set(first)
+    positional = [columns["prompts"], columns["completions"]][: len(first)]
+    return positional, {name: column for name, column in columns.items() if name in names}
 
 
-def _call_once(function: Callable, keywords: dict[str, list], timeout: float) -> object:
+def _call_once(function: Callable, arguments: tuple[list[list], dict[str, list]], timeout: float) -> object:
     async def wait(result: object) -> object:
         try:
             async with asyncio.timeout(timeout) as limit:
@@ -223,17 +281,22 @@ def _call_once(function: Callable, keywords: dict[str, list], timeout: float) ->
             raise
 
     def call() -> object:
-        result = function(**keywords)
+        positional, keywords = arguments
+        result = function(*positional, **keywords)
         return asyncio.run(wait(result)) if inspect.isawaitable(result) else result
 
     return call_within(timeout, call)
 
 
-def _find_culprit(reward: Reward, keywords: dict[str, list], count: int, timeout: float) -> int:
+def _find_culprit(
+    reward: Reward, arguments: tuple[list[list], dict[str, list]], count: int, timeout: float
+) -> int:  # fmt: skip
     """The first answer that the function raises for by itself, or 0 if it only raises for all together."""
+    positional, keywords = arguments
     for at in range(count):
+        one = [column[at : at + 1] for column in positional], {k: column[at : at + 1] for k, column in keywords.items()}
         try:
-            _call_once(reward.function, {name: column[at : at + 1] for name, column in keywords.items()}, timeout)
+            _call_once(reward.function, one, timeout)
         except Exception:  # which one is reported already: here only for which answer
             return at
     return 0
@@ -243,11 +306,15 @@ def _as_float(name: str, value: object, prompt: str) -> float:
     if value is None:
         return float("nan")
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: of a tensor with several elements
+        number = math.inf
+    if math.isinf(number) or isinstance(value, (str, bytes)):
         raise UserError(
-            f"reward {name} returned {value!r} for the prompt {_short(prompt)}; it must return a number or None"
-        ) from None
+            f"reward {name} returned {_short(repr(value))} for the prompt {_short(prompt)}; it must return a finite number "
+            "or None"
+        )
+    return number
 
 
 def _short(text: str) -> str:
@@ -325,11 +392,11 @@ def evaluate_rewards(
     *,
     seed: int,
     timeout: float,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Held-out figures over all ranks: one answer drawn for each prompt, with the same random numbers every time.
 
-    val_reward, its parts when there are several, the answers' length and the share that ended. val_loss is -val_reward:
-    what is lower is better, as everywhere.
+    val_reward, its parts when there are several, the shares of answers that nothing could judge and that ended, and their
+    length. val_loss is -val_reward: what is lower is better, as everywhere. None where no answer was scored.
     """
     part = own_part(len(prompts), ranks)
     own = list(prompts[part])
@@ -340,48 +407,14 @@ def evaluate_rewards(
     sums = [part for column in columns for part in (np.nansum(column), np.sum(~np.isnan(column)))]
     sums += [sum(len(rollout.response) for rollout in rollouts), sum(rollout.finished for rollout in rollouts)]
     sums = ranks.sum([float(value) for value in sums])
-    means = [sums[2 * i] / max(1.0, sums[2 * i + 1]) for i in range(len(columns))]
-    figures = {"val_loss": -means[0], "val_reward": means[0]}
+    means = [sums[2 * i] / sums[2 * i + 1] if sums[2 * i + 1] else None for i in range(len(columns))]
+    figures = {"val_loss": None if means[0] is None else -means[0], "val_reward": means[0]}
+    figures["val_unscored"] = 1 - sums[1] / len(prompts)
     figures |= {f"val_reward_{reward.name}": mean for reward, mean in zip(rewards, means[1:], strict=False)}
     return figures | {"val_length": sums[-2] / len(prompts), "val_finished": sums[-1] / len(prompts)}
 
 
 # ------------------------------------------------------------------------------------------------------------- shipped
-
-
-def final_answer(text: str) -> str:
-    """What the last \\boxed{…} of a text holds, else the line behind the last "####", else all of it."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for end in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : end].strip()
-    _, mark, after = text.rpartition("####")
-    return after.strip().partition("\n")[0].strip() if mark else after.strip()
-
-
-def as_number(text: str) -> Decimal | None:
-    """The number that a text is, or None: "51.0", "1,000", "$5", "50%" (as 50), "3/4", "\\frac{3}{4}"; a full stop may follow."""
-    text = re.sub(r"\\d?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
-    text = re.sub(r"\\?[$€£%]", "", text).strip().rstrip(".")
-    if not _NUMBER.fullmatch(text):
-        return None
-    numerator, _, denominator = text.replace(",", "").partition("/")
-    try:
-        return Decimal(numerator) / Decimal(denominator or 1)
-    except (InvalidOperation, ZeroDivisionError):
-        return None
-
-
-def last_number(text: str) -> Decimal | None:
-    """The number that a text is, or the last one in it, or None."""
-    whole = as_number(text)
-    if whole is not None:
-        return whole
-    found = [match.group() for match in _NUMBER.finditer(text) if match.group()]
-    return as_number(found[-1]) if found else None
 
 
 def _reference(columns: dict[str, list]) -> list:

@@ -149,6 +149,41 @@ def test_two_ranks_with_micro_batches_give_the_same_losses(stage, words, whole, 
     assert max(abs(norms[0][step] / norms[1][step] - 1) for step in norms[0]) < 1e-2
 
 
+def judges_from_step_on(completions, **columns) -> list[float | None]:
+    """Of the first two rounds everything is scored, of the later ones nothing."""
+    judges_from_step_on.calls = getattr(judges_from_step_on, "calls", 0) + 1
+    scored = judges_from_step_on.calls <= 2
+    return [len(text) if scored else (None, float("nan"))[i % 2] for i, text in enumerate(completions)]
+
+
+def judges_nothing(completions, **columns) -> list[None]:
+    return [None] * len(completions)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_a_run_in_which_nothing_is_scored_ends_and_keeps_what_was_learned(stage, words, workshop, tmp_path):
+    given = [str(word).replace("share_of_e", "judges_from_step_on") for word in words(stage, tmp_path / "run")]
+    ended = Forked(tmp_path / "streams", [*given, "--eval_fraction", 0]).wait()
+    assert ended.code == 2 and ended.err.count("\n") == 1 and "Traceback" not in ended.err, ended.err
+    assert "judges_from_step_on returned None for the answer" in ended.err and "3 rounds" in ended.err
+    assert ended.out.count("no answer of this round was scored") == 3 and "grad_norm n/a" in ended.out
+    assert "reward n/a" in ended.out and "empty steps so far" in ended.out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    empty = [row for row in lines if row.get("unscored") == 1.0]
+    assert empty and all(row["loss"] is None and row["grad_norm"] is None and row["reward"] is None for row in empty)
+    assert sum(row.get("event") == "alert" for row in lines) == 3
+    assert any((tmp_path / "run").glob("checkpoint_step_*"))
+
+
+def test_rounds_without_a_score_are_counted_over_a_resume(words, workshop, tmp_path):
+    given = [str(word).replace("share_of_e", "judges_nothing") for word in words("grpo", tmp_path / "run")]
+    given = [*given, "--eval_fraction", "0", "--save_interval", "2"]
+    first = Forked(tmp_path / "streams", [*given, "--max_steps", "4"]).wait()  # two rounds of two steps
+    assert first.code == 0, first.err
+    again = Forked(tmp_path / "streams", [*given, "--checkpoint", "latest"]).wait()
+    assert again.code == 2 and again.out.count("no answer of this round was scored") == 1, again.out
+
+
 def test_dpo_starts_at_ln_2(whole):
     assert abs(rows(whole("dpo"))[1] - 0.693147) < 1e-6
 

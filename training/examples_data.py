@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.batches import MicroBatch
+from training.metrics import mean
 from training.packing import Sequence, pack
 from training.parallel import Ranks, unwrap
 from training.precision import Precision
@@ -115,7 +116,7 @@ class ExampleFeed:
             for metric in names:
                 sums[metric] = [before + float(new) for before, new in zip(sums[metric], metrics[metric], strict=True)]
         flat = iter(self.ranks.sum([part for metric in names for part in sums[metric]]))
-        return {name: next(flat) / max(1.0, next(flat)) for name in names.values()}
+        return {name: mean(next(flat), next(flat)) for name in names.values()}
 
 
 def pack_examples(groups: SequenceOf[Group], max_length: int, micro_batch_size: int) -> list[MicroBatch]:

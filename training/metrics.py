@@ -43,23 +43,33 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((float(peak) for known, peak in _PEAK_TFLOPS_16BIT if known in name), None)
 
 
-def reduce_metrics(metrics: dict[str, tuple[Tensor, float]], ranks: Ranks) -> dict[str, float]:
-    """{metric: mean over all ranks} from each rank's (sum, weight)."""
-    flat = [float(part) for name in sorted(metrics) for part in metrics[name]]
-    total = ranks.sum(flat)
-    sums = {name: (total[2 * i], total[2 * i + 1]) for i, name in enumerate(sorted(metrics))}
-    # a figure that no example of the step has, such as that of rejected answers, is left out; the loss is always there
-    return {name: value / max(1.0, weight) for name, (value, weight) in sums.items() if weight or name == "loss"}
+def reduce_metrics(metrics: dict[str, tuple[Tensor, float]], ranks: Ranks) -> dict[str, float | None]:
+    """{metric: mean over all ranks, None of one that nothing was averaged over} from each rank's (sum, weight)."""
+    total = iter(ranks.sum([float(part) for name in sorted(metrics) for part in metrics[name]]))
+    return {name: mean(next(total), next(total)) for name in sorted(metrics)}
+
+
+def mean(total: float, weight: float) -> float | None:
+    """None where nothing was averaged over: 0 would be a figure."""
+    return total / weight if weight else None
+
+
+def shown(value: float | None, digits: int) -> str:
+    """A figure for the terminal."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 @dataclass(frozen=True)
 class TrainRow:
-    """The figures of one log line. Rates are over the steps since the last line; `mfu` is a fraction or None."""
+    """The figures of one log line, None where there is none. Rates are over the steps since the last line; `mfu` is a fraction.
+
+    empty_steps: so far in the run, steps in which no rank had anything to learn, which leave weights and optimizer alone.
+    """
 
     step: int
-    loss: float
+    loss: float | None
     lr: float
-    grad_norm: float
+    grad_norm: float | None
     tok_s: float
     tok_s_gpu: float
     mfu: float | None
@@ -70,7 +80,8 @@ class TrainRow:
     scaler: float | None
     mem_gb: float
     mem_reserved_gb: float | None
-    figures: dict[str, float] = field(default_factory=dict)  # what else the stage reports
+    empty_steps: int = 0
+    figures: dict[str, float | None] = field(default_factory=dict)  # what else the stage reports
 
 
 class RunLog:
@@ -98,17 +109,19 @@ class RunLog:
         self._eta = row.dt * (self._max_steps - row.step)
         columns = dict(row.__dict__)
         self._append(columns | columns.pop("figures"))
-        more = "".join(f"{name} {value:.3f}  " for name, value in row.figures.items())
+        more = "".join(f"{name} {shown(value, 3)}  " for name, value in row.figures.items())
         mfu = "mfu n/a" if row.mfu is None else f"mfu {row.mfu:.1%}"
-        skipped = "" if math.isfinite(row.loss) else "  not finite: step skipped"
+        skipped = "  not finite: step skipped" if row.loss is not None and not math.isfinite(row.loss) else ""
+        skipped += f"  {row.empty_steps:,} empty steps so far" if row.empty_steps else ""
         self.say(
-            f"step {row.step:,}/{self._max_steps:,}  loss {row.loss:.4f}  {more}lr {row.lr:.2e}  grad_norm {row.grad_norm:.3f}  "
-            f"{row.tok_s:,.0f} tok/s  {mfu}  mem {row.mem_gb:.1f} GB  eta {duration(self._eta)}{skipped}"
+            f"step {row.step:,}/{self._max_steps:,}  loss {shown(row.loss, 4)}  {more}lr {row.lr:.2e}  "
+            f"grad_norm {shown(row.grad_norm, 3)}  {row.tok_s:,.0f} tok/s  {mfu}  mem {row.mem_gb:.1f} GB  "
+            f"eta {duration(self._eta)}{skipped}"
         )
 
-    def evaluation(self, step: int, seconds: float, figures: dict[str, float]) -> None:
+    def evaluation(self, step: int, seconds: float, figures: dict[str, float | None]) -> None:
         self._append({"step": step, **figures, "eval_s": seconds})
-        words = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        words = "  ".join(f"{name} {shown(value, 4)}" for name, value in figures.items())
         self.say(f"step {step:,}  {words}  ({seconds:.1f} s)")
 
     def sample(self, step: int, prompt: str, text: str) -> None:

@@ -58,7 +58,8 @@ _SPEED = Panel("tokens per second", ("tok_s",), style="from zero", smooth=False)
 _MEMORY = Panel("memory (GB)", ("mem_gb",), style="from zero", smooth=False)
 _ACCURACY = Panel("the chosen answer is preferred (share)", ("accuracy", "rewards/accuracies"), ("val_accuracy",))
 _DRAWN = (
-    ("reward_std", "±"), ("kl", "KL"), ("approx_kl", "KL of a round"), ("clip_fraction", "clipped"), ("entropy", "entropy"),
+    ("reward_std", "±"), ("unscored", "unscored"), ("kl", "KL"), ("approx_kl", "KL of a round"),
+    ("clip_fraction", "clipped"), ("entropy", "entropy"),
     ("completion_length", "length"), ("finished", "finished"), ("equal_groups", "equal groups"), ("value_loss", "value loss"),
 )  # fmt: skip
 _DRAWN_PANELS = (

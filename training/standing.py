@@ -57,7 +57,7 @@ def stand_on(
             )
         if not named:
             continue
-        pin, words = from_rank_0(lambda name=name, named=named: _pin(name, named, before.get(name), checkpoint))
+        pin, words = _pin(name, named, before.get(name), checkpoint)
         pins[name] = pin
         said += words
         config = replace(config, **{name: pin["path"]})
@@ -69,7 +69,8 @@ def _pin(
 ) -> tuple[dict[str, str], list[str]]:
     """(the pin of the folder that --name means, what to say of it)."""
     folder = _FOLDERS[name](_which(name, named, before, checkpoint), f"--{name}")
-    pin = {"given": named if before is None else before["given"], "path": str(folder), **folder_digests(folder)}
+    digests = from_rank_0(lambda: folder_digests(folder))
+    pin = {"given": named if before is None else before["given"], "path": str(folder), **digests}
     if before is None:
         words = "is not pinned in it, which is of an older version: taken as it is now, and pinned from here on"
         return pin, [f"--{name} {folder} of {checkpoint} {words}"] if checkpoint else []

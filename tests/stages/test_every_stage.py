@@ -7,6 +7,7 @@ of unequal weight, as the ranks' shares are: were a mean of means taken anywhere
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def step(
     run.optimizers[0].register_step_pre_hook(keep)
     sums, norm, _ = run.optimizer_step(micro_batches, 1.0, False)
     assert not run.bad_steps
-    figures = reduce_metrics(sums, run.ranks) | {"grad_norm": norm.item()}
+    figures = reduce_metrics(sums, run.ranks) | {"grad_norm": None if norm is None else norm.item()}
     return [batch.weight for batch in micro_batches], figures, gradients
 
 
@@ -177,14 +178,57 @@ def judges_nothing(prompts, completions) -> list[None]:
 
 @pytest.mark.parametrize("stage", ["grpo", "ppo"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_step_from_which_nothing_can_be_learned_has_no_gradient(stage, world_size, workshop, tmp_path):
-    """Where no answer could be judged, PPO's step has no token at all to divide by."""
+def test_where_no_answer_could_be_judged_nothing_is_learned_and_every_figure_is_there(
+    stage, world_size, workshop, tmp_path
+):
+    """No answer is a target, so the step has nothing to divide by; what is known of the answers is said all the same."""
     words = f"--stage {stage} {DRAWN}".replace("length=6 regex=one", f"{__name__}:judges_nothing")
     run = workshop, words, tmp_path
     for weights, figures, gradients in [step(0, 1, *run)] if world_size == 1 else run_ranks(step, 2, *run):
-        assert figures["loss"] == figures["grad_norm"] == 0 and gradients
-        assert not any(gradient.any() for gradient in gradients.values())
-        assert any(weights) == (stage == "grpo")
+        assert not any(weights) and not gradients
+        unknown = {"loss", "grad_norm", "entropy", "clip_fraction", "reward", "reward_std"}
+        assert all(figures[name] is None for name in unknown)
+        assert figures["unscored"] == 1 and figures["completion_length"] > 1 and 0 <= figures["finished"] <= 1
+
+
+EMPTY = {name: STAGES[name] for name in ("pretrain", "sft", "reward", "dpo", "kto", "grpo", "ppo", "grpo with LoRA")}
+
+
+def empty_step(rank: int, world_size: int, workshop: Path, words: str, save_dir: Path) -> list[tuple[bytes, bytes]]:
+    """(weights and optimizer state before, and after) a step of which nothing is learned, behind one that learned."""
+    run = build(workshop, words, save_dir, rank, world_size)
+    micro_batches = next(run.stage.batches(0))
+    run.optimizer_step(micro_batches, 1.0, False)
+    nothing = [replace(batch, targets=torch.full_like(batch.targets, -100), weight=0) for batch in micro_batches]
+
+    def state() -> bytes:
+        parts = [p.detach().numpy().tobytes() for p in unwrap(run.model).parameters() if p.requires_grad]
+        for optimizer in run.optimizers:
+            for values in optimizer.state_dict()["state"].values():
+                parts += [value.numpy().tobytes() for value in values.values() if isinstance(value, torch.Tensor)]
+        return b"".join(parts) + str(run.scaler.state()).encode()
+
+    before = state()
+    _, norm, _ = run.optimizer_step(nothing, 1.0, False)
+    assert norm is None and run.empty_steps == 1 and run.step == 2
+    after = state()
+    run.optimizer_step(micro_batches, 1.0, False)
+    assert state() != after
+    return [before == after]
+
+
+@pytest.mark.parametrize("stage", EMPTY)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_learned_nothing_leaves_weights_and_optimizer_as_they_are(stage, optimizer, workshop, tmp_path):
+    """Bit for bit: Muon's decayed momentum, normalised again, would move a matrix by as much as a step that learns."""
+    words = EMPTY[stage].replace("--optimizer adamw ", "") + f" --optimizer {optimizer} --weight_decay 0.1"
+    assert empty_step(0, 1, workshop, words, tmp_path / "one") == [True]
+
+
+@pytest.mark.parametrize("precision", ["none", "fp16"])
+def test_so_does_one_on_two_ranks_and_with_a_loss_scaler(precision, workshop, tmp_path):
+    words = f"{STAGES['sft']} --optimizer muon".replace("--neftune_alpha 5", "") + f" --mixed_precision {precision}"
+    assert run_ranks(empty_step, 2, workshop, words, tmp_path / "two") == [[True], [True]]
 
 
 def test_what_is_too_long_is_cut_or_left_out_and_counted(workshop):

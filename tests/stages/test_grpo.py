@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.ranks import run_ranks
 from tests.stages.drawn_stages import ALONE, loss_and_gradient, train
 from training.adapters import adapters_off, add_adapters
 from training.batches import IGNORE_INDEX
+from training.metrics import reduce_metrics
 from training.parallel import Ranks, prepare_model
 from training.precision import choose_precision
 from training.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
@@ -335,13 +337,27 @@ def test_metrics_describe_the_phase_and_wrong_options_are_refused():
     assert stage.advantage_scale == "none" and stage.epoch(48) == 2.0 and stage.evaluate(stage.model, True) == {}
     _, metrics = loss_and_gradient(stage, stage.model, next(stage.batches(0)))
     names = {"loss", "entropy", "clip_fraction", "reward", "reward_std", "reward_small", "reward_small_std",
-             "reward_sometimes", "reward_sometimes_std", "completion_length", "finished", "equal_groups"}  # fmt: skip
+             "reward_sometimes", "reward_sometimes_std", "completion_length", "finished", "equal_groups", "unscored"}  # fmt: skip
     assert set(metrics) == names
     assert 0 < metrics["finished"] < 1 and 1 < metrics["completion_length"] <= 12
     assert abs(metrics["entropy"] - math.log(256)) < 1.0  # an untrained model guesses
     for change in ({"loss_type": "ppo"}, {"group_size": 1}, {"max_length": 12}):
         with pytest.raises(UserError):
             a_stage(a_model(), **change)
+
+
+def test_where_every_answer_was_cut_off_and_masked_the_rounds_figures_are_said():
+    stage = a_stage(a_model(), mask_truncated=True)
+    stage.sampling = replace(stage.sampling, stop_ids=())
+    [*batches] = next(stage.batches(0))
+    assert not any(batch.weight for batch in batches)
+    sums = [stage.loss(stage.model, batch)[1] for batch in batches]
+    figures = reduce_metrics(
+        {name: tuple(map(sum, zip(*(one[name] for one in sums), strict=True))) for name in sums[0]}, ALONE
+    )
+    assert figures["loss"] is None and figures["entropy"] is None
+    assert figures["completion_length"] == stage.sampling.max_new_tokens and figures["finished"] == 0
+    assert math.isfinite(figures["reward"]) and 0 <= figures["unscored"] < 1
 
 
 def test_held_out_prompts_are_evaluated_in_part_or_all():

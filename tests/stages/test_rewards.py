@@ -143,13 +143,38 @@ def test_several_rewards_add_up_by_weight_and_none_counts_nowhere():
     scores = np.array([[1.0, 4.0], [np.nan, 4.0], [np.nan, np.nan]])
     assert np.array_equal(combine(scores, rewards), [4.0, 2.0, np.nan], equal_nan=True)
     figures = describe_phase(rollouts_of(["a", "bc", "d"]), scores, combine(scores, rewards), rewards)
-    expected = {"reward": 3.0, "reward_std": 2**0.5, "reward_a": 1.0, "reward_a_std": 0.0, "reward_b": 4.0,
+    expected = {"reward": 3.0, "reward_std": 2**0.5, "reward_a": 1.0, "reward_a_std": np.nan, "reward_b": 4.0, "unscored": 1 / 3,
                 "reward_b_std": 0.0, "completion_length": 7 / 3, "finished": 1.0}  # fmt: skip
-    assert figures == pytest.approx(expected)
+    assert figures == pytest.approx(expected, nan_ok=True)
 
 
 def bad(prompts, completions):
     return [1 / (len(text) - 3) for text in completions]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda prompts, responses: [bool(p) + len(r) for p, r in zip(prompts, responses, strict=True)],
+        lambda x, y: [1.0 + len(r) for r in y],
+        lambda prompts, responses, level: [1.0 + len(r) for r in responses],
+        lambda questions, answers, **rest: [1.0 + len(r) for r in answers],
+        lambda prompts, completions, weight=1.0: [weight + len(c) for c in completions],
+    ],
+)
+def test_the_first_two_parameters_may_have_any_name(function):
+    assert scores_of_texts(Reward("own", function), ["a", "abc"], level=[1, 2]) == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), "7", b"7", [1.0], torch.zeros(2), object()])
+def test_what_is_no_finite_number_is_refused(value):
+    with pytest.raises(UserError, match="finite number or None"):
+        scores_of_texts(Reward("own", lambda prompts, completions: [value for _ in completions]), ["a"])
+
+
+@pytest.mark.parametrize("value", [1, True, 1.0, np.float32(1), np.int64(1), torch.tensor(1.0)])
+def test_what_is_a_number_is_taken(value):
+    assert scores_of_texts(Reward("own", lambda prompts, completions: [value for _ in completions]), ["a"]) == [1.0]
 
 
 @pytest.mark.parametrize(
