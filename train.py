@@ -178,8 +178,8 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size)
     if isinstance(stage, (GRPO, PPO)) and resumed_from:
         stage.load_state(saved["stage"])
-    run = Run(config, pins, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
-    run.step, run.samples = start_step, saved.get("samples_consumed", 0)
+    run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
+    run.stands_on, run.step, run.samples = pins, start_step, saved.get("samples_consumed", 0)
     run.tokens = saved.get("tokens_consumed", run.samples * data.max_length)
     run.empty_steps = saved.get("empty_steps", 0)
     return run
@@ -253,7 +253,6 @@ class Run:
     """What the loop works on, and the three things it does with it: a step, a checkpoint, an evaluation."""
 
     config: TrainConfig
-    stands_on: Pins
     plan: RunPlan
     peak_tflops: float | None  # of one device, None where it is not known
     ranks: Ranks
@@ -264,6 +263,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     scaler: LossScaler
     data: StageData
+    stands_on: Pins = field(default_factory=dict)
     step: int = 0
     samples: int = 0  # consumed so far: the run's position in the data
     tokens: int = 0

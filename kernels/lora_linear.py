@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dropout import keyed_dropout
 from kernels.jit import check_dtypes, jit, multiprocessors, next_power_of_2, tl, triton, why_not_triton
 
 PATHS = ("torch", "augmented", "one_pass")
@@ -38,6 +39,8 @@ TILES = {
     ("pointers", 2): [(64, 128, 128, 32, 8, 4), (128, 128, 64, 32, 8, 4)],
     ("pointers", 4): [(32, 64, 64, 32, 8, 3)],
 }
+
+Keys = tuple[Tensor, int] | None  # of dropout: one for each row, and the stream of the first adapter
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,15 @@ def lora_linear(
     adapters: list[Adapter],
     *,
     dropout: float = 0.0,
+    keys: Keys = None,
     path: str = "torch",
     augmented: Tensor | None = None,
 ) -> Tensor:
     """x Wᵀ + Σ scale · dropout(x) Aᵀ Bᵀ; x (..., K), weight (N, K), returns (..., N) in x's dtype.
 
     dropout: the probability with which an element of an adapter's input is zeroed and the others scaled by 1/(1 − p),
-    drawn for each adapter from torch's generator as torch.nn.functional.dropout does; x Wᵀ sees all of x. path: see the
+    for each adapter anew; x Wᵀ sees all of x. keys: (those of the rows (...) int64, the stream of the first adapter), which
+    decide on the masks (kernels/dropout.py); without them they are drawn from torch's generator. path: see the
     file's docstring. augmented: what `augmented_weight` made of this weight and these adapters, for that path.
     ValueError: an unknown path, a path that cannot take these tensors, an adapter that does not fit the weight.
     """
@@ -75,24 +80,26 @@ def lora_linear(
         raise ValueError(f"lora_linear: the path is one of {', '.join(PATHS)}, not {path!r}")
     check_adapters(weight, adapters)
     if path == "torch" or not adapters:
-        return lora_linear_reference(x, weight, adapters, dropout=dropout)
+        return lora_linear_reference(x, weight, adapters, dropout=dropout, keys=keys)
     if x.dtype != weight.dtype:
         raise ValueError(f"lora_linear: x is {x.dtype} and the weight {weight.dtype}; path {path!r} wants one dtype")
     flat = x.reshape(-1, x.shape[-1])
     if path == "augmented":
         if augmented is None:
             raise ValueError("lora_linear: path 'augmented' needs augmented=augmented_weight(weight, adapters)")
-        y = augmented_product(_augmented_input(flat, adapters, dropout), augmented, adapters)
+        y = augmented_product(_augmented_input(flat, adapters, dropout, keys), augmented, adapters)
     else:
-        y = _one_pass_linear(flat, weight, adapters, dropout)
+        y = _one_pass_linear(flat, weight, adapters, dropout, keys)
     return y.view(*x.shape[:-1], len(weight))
 
 
-def lora_linear_reference(x: Tensor, weight: Tensor, adapters: list[Adapter], *, dropout: float = 0.0) -> Tensor:
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, adapters: list[Adapter], *, dropout: float = 0.0, keys: Keys = None
+) -> Tensor:  # fmt: skip
     """`lora_linear` in plain PyTorch: what the other paths are tested against and what torch.compile fuses."""
     flat = x.reshape(-1, x.shape[-1])
     y = F.linear(flat, weight.detach())
-    for adapter, branch in zip(adapters, branches(flat, adapters, dropout), strict=True):
+    for adapter, branch in zip(adapters, branches(flat, adapters, dropout, keys), strict=True):
         low = F.linear(branch, adapter.a.to(y.dtype))
         rows = slice(adapter.first_row, adapter.first_row + len(adapter.b))
         part = y if len(adapter.b) == len(weight) else y[:, rows]  # in place: the sum makes no second y
@@ -100,9 +107,17 @@ def lora_linear_reference(x: Tensor, weight: Tensor, adapters: list[Adapter], *,
     return y.view(*x.shape[:-1], len(weight))
 
 
-def branches(x: Tensor, adapters: list[Adapter], dropout: float) -> list[Tensor]:
-    """Each adapter's input: x, or x with a mask of its own. Autograd keeps the masks; recomputation redraws the same."""
-    return [F.dropout(x, dropout) if dropout else x for _ in adapters]
+def branches(x: Tensor, adapters: list[Adapter], dropout: float, keys: Keys = None) -> list[Tensor]:
+    """Each adapter's input: x (M, K), or x with a mask of its own. Autograd keeps the masks; recomputation makes the same."""
+    return [masked(x, dropout, keys, number) if dropout else x for number in range(len(adapters))]
+
+
+def masked(x: Tensor, dropout: float, keys: Keys, number: int) -> Tensor:
+    """x (..., K) under the dropout of adapter `number`."""
+    if keys is None:
+        return F.dropout(x, dropout)
+    rows, stream = keys
+    return keyed_dropout(x, dropout, rows.view(x.shape[:-1]), stream + number)
 
 
 def check_adapters(weight: Tensor, adapters: list[Adapter]) -> None:
@@ -174,19 +189,19 @@ def store_adapters(w_aug: Tensor, adapters: list[Adapter]) -> None:
     _place_b(w_aug[:, width:], [adapter.b for adapter in adapters], [adapter.first_row for adapter in adapters])
 
 
-def _augmented_input(x: Tensor, adapters: list[Adapter], dropout: float) -> Tensor:
+def _augmented_input(x: Tensor, adapters: list[Adapter], dropout: float, keys: Keys) -> Tensor:
     """[x | scale · dropout(x) Aᵀ | 0] (M, K + R)."""
     rows = padded_rank(x.shape[1], adapters, x.element_size())
     a = stacked_a(adapters, x.dtype, rows)
     if not dropout:
         return _augment(x, a)
-    return torch.cat([x, _low_of_branches(x, a, adapters, dropout)], 1)
+    return torch.cat([x, _low_of_branches(x, a, adapters, dropout, keys)], 1)
 
 
-def _low_of_branches(x: Tensor, a: Tensor, adapters: list[Adapter], dropout: float) -> Tensor:
+def _low_of_branches(x: Tensor, a: Tensor, adapters: list[Adapter], dropout: float, keys: Keys) -> Tensor:
     """[scale · dropout(x) Aᵀ of each adapter | 0] (M, R), of `stacked_a`. Autograd keeps each masked input."""
     *parts, padding = a.split([*(len(adapter.a) for adapter in adapters), len(a) - total_rank(adapters)])
-    low = [F.linear(branch, part) for branch, part in zip(branches(x, adapters, dropout), parts, strict=True)]
+    low = [F.linear(branch, part) for branch, part in zip(branches(x, adapters, dropout, keys), parts, strict=True)]
     return torch.cat([*low, x.new_zeros(len(x), len(padding))], 1)
 
 
@@ -353,13 +368,13 @@ def _one_pass_rank(adapters: list[Adapter], itemsize: int) -> int:
     return rank
 
 
-def _one_pass_linear(x: Tensor, weight: Tensor, adapters: list[Adapter], dropout: float) -> Tensor:
+def _one_pass_linear(x: Tensor, weight: Tensor, adapters: list[Adapter], dropout: float, keys: Keys) -> Tensor:
     check_dtypes("lora_linear", x)
     a = stacked_a(adapters, x.dtype, _one_pass_rank(adapters, x.element_size()))
     b, first_rows = [adapter.b for adapter in adapters], [adapter.first_row for adapter in adapters]
     if not dropout:
         return _one_pass(x, weight.detach(), a, b, first_rows)[0]
-    low = _low_of_branches(x, a, adapters, dropout)  # masked inputs, of which the kernel reads none
+    low = _low_of_branches(x, a, adapters, dropout, keys)  # masked inputs, of which the kernel reads none
     return _one_pass_given_low(x, weight.detach(), low, b, first_rows)
 
 

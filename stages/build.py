@@ -46,6 +46,7 @@ from training.packing import Sequence
 from training.parallel import Ranks, unwrap
 from training.precision import Precision
 from training.rollouts import Prompt, RolloutSchedule, Sampling
+from training.sampler import SAMPLER_VERSION
 from training.save_folder import from_rank_0
 from training.scalar_head import RewardModel, padding_files
 
@@ -89,9 +90,11 @@ def open_stage_data(
 
     saved_order: `order` as the run that goes on has kept it; None at the start of one.
     """
+    # the order of a run that began before it had a version stays as it was
+    sampler = SAMPLER_VERSION if saved_order is None else saved_order.get("sampler", 1)
     if config.stage == "pretrain":
-        return _open_shards(config, base)
-    return _open_examples(config, base, context, saved_order or {})
+        return _open_shards(config, base, sampler)
+    return _open_examples(config, base, context, saved_order or {}, sampler)
 
 
 def build_stage(
@@ -120,7 +123,7 @@ def build_stage(
 # --------------------------------------------------------------------------------------------------------- pretraining
 
 
-def _open_shards(config: TrainConfig, base: Path | None) -> StageData:
+def _open_shards(config: TrainConfig, base: Path | None, sampler: int) -> StageData:
     metadata = [load_metadata(folder) for folder in config.data_dir]
     for folder, one in zip(config.data_dir, metadata, strict=True):
         if one.options.get("format") in FORMATS:
@@ -135,11 +138,11 @@ def _open_shards(config: TrainConfig, base: Path | None) -> StageData:
     stride = config.stride if config.stride is not None else (0 if config.max_length else metadata[0].stride)
     train = open_training_data(
         [open_split(folder, "train") for folder in config.data_dir], config.data_weights,
-        max_length=max_length, stride=stride, document_mask=config.document_mask, seed=config.seed,
+        max_length=max_length, stride=stride, document_mask=config.document_mask, seed=config.seed, sampler=sampler,
     )  # fmt: skip
     order = {
         "fingerprints": [m.fingerprint for m in metadata], "weights": train.weights, "max_length": max_length,
-        "stride": stride, "document_mask": config.document_mask, "seed": config.seed,
+        "stride": stride, "document_mask": config.document_mask, "seed": config.seed, "sampler": sampler,
     }  # fmt: skip
     held_out = Windows(open_split(config.data_dir[0], "val"), max_length, 0, config.document_mask)
     num_samples = sum(map(len, train.sources))
@@ -169,7 +172,7 @@ def _check_vocabulary(config: TrainConfig, metadata: list[Metadata], tokenizer: 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: dict) -> StageData:
+def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: dict, sampler: int) -> StageData:
     tokenizer = load_tokenizer(base)
     # a template that writes the date goes on writing that of the run's first day
     today = saved_order.get("template_date") or from_rank_0(lambda: datetime.now().isoformat())
@@ -211,7 +214,7 @@ def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: d
         "held_out": _digests(config.eval_data), "rename_columns": sorted(config.rename_columns),
         "max_length": max_length, "template": template_digest(template),
         "train_on": config.train_on if shards is None else shards.metadata.options["train_on"],
-        "eval_fraction": config.eval_fraction, "seed": config.seed,
+        "eval_fraction": config.eval_fraction, "seed": config.seed, "sampler": sampler,
     }  # fmt: skip
     if template.reads("strftime_now"):
         order["template_date"] = today
@@ -222,7 +225,7 @@ def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: d
     if config.stage in ("grpo", "ppo"):
         return StageData(base, tokenizer, max_length, order, len(train), train, held_out, report, stops, files)
     return StageData(
-        base, tokenizer, max_length, order, len(train), ExampleData(train, config.seed),
+        base, tokenizer, max_length, order, len(train), ExampleData(train, config.seed, sampler),
         ExampleData(held_out, config.seed) if held_out else None, report, stops, files,
     )  # fmt: skip
 
@@ -329,7 +332,7 @@ def _reinforcement_stage(
             config.max_new_tokens, config.temperature, data.stop_ids, data.tokenizer.vocab_size, config.rollout_batch_size
         ),
         "schedule": RolloutSchedule(
-            config.batch_size, config.num_minibatches, config.resolved_rollout_epochs, config.seed
+            config.batch_size, config.num_minibatches, config.resolved_rollout_epochs, config.seed, data.order["sampler"]
         ),
         "micro_batch_size": micro_batch_size, "max_length": data.max_length, "reference": reference,
         "reward_timeout": config.reward_timeout, "eval_samples": config.eval_samples,

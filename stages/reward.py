@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.batches import MicroBatch
-from training.examples_data import ExampleFeed, Group, Metrics
+from training.examples_data import ExampleFeed, Group, Metrics, use_sample_keys
+from training.parallel import unwrap
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Reward:
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss, {metric: (sum, pairs)})."""
+        use_sample_keys(unwrap(model), batch)
         scores = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
         scores = scores.flatten()[batch.last_tokens]  # (sequences,) fp32
         chosen, rejected = scores[0::2], scores[1::2]

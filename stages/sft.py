@@ -6,19 +6,17 @@ Whose tokens are targets, the assistant's or all, is decided where examples beco
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from kernels.dropout import GOLDEN, mix64
 from kernels.linear_cross_entropy import linear_cross_entropy
 from training.batches import IGNORE_INDEX, MicroBatch
-from training.examples_data import ExampleFeed, Metrics
+from training.examples_data import SAMPLE_KEY, ExampleFeed, Metrics, token_keys, use_sample_keys
 from training.packing import sequence_sums
 from training.parallel import unwrap
-from training.sampler import hash_key
-
-_NOISE_KEY = "noise_key"  # the column of a sequence that is trained with noise
 
 
 @dataclass(frozen=True)
@@ -33,18 +31,14 @@ class SFT:
 
     def batches(self, first_sample: int) -> Iterator[list[MicroBatch]]:
         """For each optimizer step from sample `first_sample` on, without end: this rank's micro-batches."""
-        while True:
-            batches = self.feed.pack(self.feed.groups(first_sample))
-            if self.neftune_alpha:
-                batches = list(self._with_noise_keys(batches, self.feed.samples(first_sample)))
-            yield batches
-            first_sample += self.feed.batch_size
+        return self.feed.batches(first_sample, self.feed.pack)
 
     def epoch(self, first_sample: int) -> float:
         return self.feed.data.epoch(first_sample)
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss in nats, {metric: (sum, targets)}); 0 for a batch without targets."""
+        use_sample_keys(unwrap(model), batch)
         with self._noise(unwrap(model), batch):
             hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
         sums = linear_cross_entropy(
@@ -60,13 +54,6 @@ class SFT:
         """val_loss: nats a target of the held-out examples."""
         return self.feed.evaluate(model, self.feed.pack, self.loss, {"loss": "val_loss"}, everything)
 
-    def _with_noise_keys(self, batches: list[MicroBatch], samples: range) -> Iterator[MicroBatch]:
-        """Each sequence with a key made of its sample number: the noise is the same wherever and whenever it is trained."""
-        keys = iter(hash_key(self.feed.data.seed, sample) >> 1 for sample in samples)  # 63 bits fit int64
-        for batch in batches:
-            column = torch.tensor([next(keys) for _ in batch.last_tokens], dtype=torch.int64)
-            yield replace(batch, columns={**batch.columns, _NOISE_KEY: column})
-
     @contextlib.contextmanager
     def _noise(self, model: nn.Module, batch: MicroBatch) -> Iterator[None]:
         """Inside, the embedding adds this batch's noise, if it is a training batch and noise is wanted."""
@@ -78,7 +65,7 @@ class SFT:
             # for good: a compiled model does not notice hooks that come or go, but does notice an attribute
             embedding.noise = None
             embedding.register_forward_hook(_add_noise)
-        if _NOISE_KEY in batch.columns:
+        if SAMPLE_KEY in batch.columns:
             embedding.noise = neftune_noise(batch, embedding.embedding_dim, self.neftune_alpha)
         try:
             yield
@@ -96,22 +83,10 @@ def neftune_noise(batch: MicroBatch, hidden_size: int, alpha: float) -> Tensor:
     Jain et al. 2023, algorithm 1. Each number is a hash of the sequence's key, the position and the dimension, so it
     depends neither on the packing nor on the device, and no generator's state has to be saved.
     """
-    keys = torch.cat([batch.columns[_NOISE_KEY], batch.columns[_NOISE_KEY].new_zeros(1)])  # one more for the padding
     lengths = sequence_sums(torch.ones_like(batch.input_ids, dtype=torch.float32), batch)
     bounds = torch.cat([alpha / (lengths * hidden_size).sqrt(), lengths.new_zeros(1)])
-    token_keys = _mix(keys[batch.sequence_ids] + _GOLDEN * (batch.positions + 1))  # (B, T)
-    dimensions = torch.arange(1, hidden_size + 1, device=token_keys.device)
-    bits = _mix(token_keys[..., None] + _GOLDEN * dimensions) >> 40  # the upper 24: -2²³ … 2²³-1
+    keys = token_keys(batch)
+    dimensions = torch.arange(1, hidden_size + 1, device=keys.device)
+    bits = mix64(keys[..., None] + GOLDEN * dimensions) >> 40  # the upper 24: -2²³ … 2²³-1
     uniform = (bits + 0.5) / 2**23  # in ±1, symmetric about 0
     return uniform * bounds[batch.sequence_ids][..., None]
-
-
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's increment (Steele et al. 2014), as int64, whose sums wrap around
-_MULTIPLIERS = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64, whose shift must be kept from copying the sign."""
-    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * multiplier
-    return x ^ ((x >> 31) & (2**33 - 1))

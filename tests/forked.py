@@ -58,13 +58,14 @@ class Forked:
         return Ended(code, *(path.read_text() for path in self._streams))
 
 
-def start_ranks(folder: Path, *words: object) -> list[Forked]:
+def start_ranks(folder: Path, *words: object, world_size: int = 2) -> list[Forked]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        Forked(folder / str(rank), list(words), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)
+        Forked(folder / str(rank), list(words), RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(world_size)
     ]
 
 

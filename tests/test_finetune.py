@@ -149,6 +149,46 @@ def test_two_ranks_with_micro_batches_give_the_same_losses(stage, words, whole, 
     assert max(abs(norms[0][step] / norms[1][step] - 1) for step in norms[0]) < 1e-2
 
 
+RANDOM = {
+    "sft": "--stage sft --train_data chat.jsonl --lora --lora_dropout 0.3 --neftune_alpha 5 --sample_prompt the",
+    "reward": "--stage reward --train_data pairs.jsonl --lora --lora_dropout 0.3",
+    "grpo": f"--stage grpo {REWARDED} --group_size 4 --eval_interval 3",
+}
+
+
+@pytest.mark.parametrize("stage", RANDOM)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_is_drawn_at_random_is_drawn_again_on_ranks_that_were_killed(stage, world_size, workshop, tmp_path):
+    """Bit for bit, for every option that draws random numbers; what draws them is dropped from no step of one rank either,
+    which is tested above."""
+    flags = (
+        in_workshop(workshop, f"{RANDOM[stage]} {SMALL}")
+        .replace("--learning_rate 1e-3", "--learning_rate 1e-2")
+        .split()
+    )
+
+    def run(save_dir: Path, *more: object) -> list[Forked]:
+        streams = tmp_path / f"streams_{save_dir.name}{'_again' * ('latest' in more)}"
+        streams.mkdir()
+        return start_ranks(streams, *flags, "--save_dir", save_dir, *more, world_size=world_size)
+
+    for rank in run(tmp_path / "whole", "--max_steps", 8):
+        assert (ended := rank.wait()).code == 0, ended.err
+    ranks = run(tmp_path / "killed", "--max_steps", 8)
+    wait_for(lambda: len(rows(tmp_path / "killed")) >= 6 or (tmp_path / "killed" / "checkpoint_step_8").exists())
+    for rank in ranks:
+        rank.send(signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+    shutil.rmtree(tmp_path / "killed" / "checkpoint_step_8", ignore_errors=True)
+    for rank in run(tmp_path / "killed", "--max_steps", 8, "--checkpoint", "latest"):
+        assert (ended := rank.wait()).code == 0, ended.err
+    names = [path.name for path in (tmp_path / "whole" / "checkpoint_step_8").glob("*.safetensors")]
+    for name in names:
+        wanted, found = (load_file(tmp_path / folder / "checkpoint_step_8" / name) for folder in ("whole", "killed"))
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted), name
+
+
 def judges_from_step_on(completions, **columns) -> list[float | None]:
     """Of the first two rounds everything is scored, of the later ones nothing."""
     judges_from_step_on.calls = getattr(judges_from_step_on, "calls", 0) + 1

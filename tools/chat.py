@@ -10,7 +10,8 @@ everything else to stderr. An answer ends with the template's end of a turn or w
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,8 +22,15 @@ from dataprep.chat_tokens import describe_template, encode_messages, end_of_turn
 from dataprep.examples import Message
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer
-from tools.generate import add_shared_arguments, check_model, check_settings, find_model
-from training.generation import TextDecoder, stream_ids
+from tools.generate import (
+    add_shared_arguments,
+    check_model,
+    check_settings,
+    find_model,
+    print_speed,
+    sampling_settings,
+)
+from training.generation import Ending, TextDecoder, decoded, stream_ids, up_to
 from training.loading import find_adapter, load_for_use
 from training.parallel import choose_device
 from training.precision import choose_precision
@@ -120,38 +128,20 @@ def answer_pieces(
     """The model's answer to a prompt in pieces of whole characters, without what ends it."""
     eos = model.config.eos_token_id
     stops = {*stop_token_ids(tokenizer, template), *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
-    decoder = TextDecoder(tokenizer, prompt)
     columns = stream_ids(
         model,
         torch.tensor([prompt]),
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
         eos_token_id=sorted(stops),
         vocab_size=tokenizer.vocab_size,
         generator=generator,
+        **sampling_settings(args),
     )
-
-    def pieces() -> Iterator[str]:
-        for token in map(int, columns):
-            if token not in stops:
-                yield decoder.add(token)
-        yield decoder.finish()
-
     # where the end of a turn is no token of this tokenizer it is written as text
-    yield from up_to("" if end_of_turn_id(tokenizer, template) is not None else template.end_of_turn, pieces())
-
-
-def up_to(end: str, pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of a text up to where `end` begins, which may lie across pieces; all of it if `end` is empty."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if end and end in held:
-            yield held.partition(end)[0]
-            return
-        begun = next((size for size in range(len(end) - 1, 0, -1) if held.endswith(end[:size])), 0)
-        yield held[: len(held) - begun]
-        held = held[len(held) - begun :]
-    yield held
+    end = template.end_of_turn if end_of_turn_id(tokenizer, template) is None else ""
+    ends = [text for text in (end, *args.stop_strings) if text]
+    ending, start = Ending(), time.perf_counter()
+    yield from up_to(ends, decoded(columns, stops, TextDecoder(tokenizer, prompt), ending))
+    ending.seconds = time.perf_counter() - start
+    if sys.stdin.isatty() or sys.stderr.isatty():
+        print_speed(ending)

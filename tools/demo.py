@@ -105,6 +105,8 @@ def main(args: argparse.Namespace) -> int:
                 "generate",
                 "--checkpoint",
                 run,
+                "--repetition_penalty",
+                1.1,
                 "--prompt",
                 prompt,
                 "--max_new_tokens",

@@ -18,7 +18,7 @@ from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
 from model import Transformer
 from training.checkpoints import list_checkpoints, resolve
-from training.generation import stream_text
+from training.generation import Ending, stream_text
 from training.loading import load_for_use
 from training.parallel import choose_device
 from training.precision import choose_precision
@@ -52,6 +52,14 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--temperature", type=float, default=0.8, help="below 1 likely tokens become likelier; 0 takes the likeliest")
     add("--top_k", type=int, default=50, help="draw from this many of the likeliest tokens only; 0 from all")
     add("--top_p", type=float, default=0.95, help="draw from the fewest likely tokens that hold this probability")
+    add("--min_p", type=float, default=0.0, help="draw only tokens at least this share as likely as the likeliest")
+    add(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1 tokens that the text holds already become less likely; 1.1 is usual",
+    )
+    add("--stop_strings", metavar="TEXT", nargs="+", default=[], help="end before the first of these texts")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes a GPU if there is one")
 
 
@@ -69,8 +77,9 @@ def main(args: argparse.Namespace) -> int:
     for number, (prompt, seed) in enumerate(jobs, start=1):
         if len(jobs) > 1:
             print(f"--- {number} of {len(jobs)}, seed {seed} ---")
-        reason = print_continuation(model, tokenizer, prompt, seed, args)
-        if reason == "context":
+        ending = print_continuation(model, tokenizer, prompt, seed, args)
+        print_speed(ending)
+        if ending.reason == "context":
             limit = model.config.max_position_embeddings
             print(f"stopped: the model's context of {limit} tokens (max_position_embeddings) is full", file=sys.stderr)
     return 0
@@ -78,17 +87,16 @@ def main(args: argparse.Namespace) -> int:
 
 def print_continuation(
     model: Transformer, tokenizer: Tokenizer, prompt: str, seed: int, args: argparse.Namespace
-) -> str:
-    """Print a prompt and what the model makes of it, piece by piece; return why it ended, in `stream_text`'s words."""
+) -> Ending:
+    """Print a prompt and what the model makes of it, piece by piece; return how it ended."""
     pieces = stream_text(
         model,
         tokenizer,
         prompt,
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
+        stop_strings=args.stop_strings,
         seed=seed,
+        **sampling_settings(args),
     )
     print(prompt, end="", flush=True)
     while True:
@@ -99,6 +107,16 @@ def print_continuation(
             return end.value
 
 
+def sampling_settings(args: argparse.Namespace) -> dict[str, float]:
+    """How a token is drawn, as `stream_ids` takes it."""
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+
+
+def print_speed(ending: Ending) -> None:
+    rate = ending.tokens / max(1e-9, ending.seconds)
+    print(f"{ending.tokens:,} tokens, {rate:,.1f} tokens/s", file=sys.stderr)
+
+
 def check_settings(args: argparse.Namespace, texts: dict[str, list[str]], num_samples: int = 1) -> None:
     """Raises UserError, naming the flag, for a value that means nothing. texts: those of each flag that takes text."""
     limits = {
@@ -106,13 +124,17 @@ def check_settings(args: argparse.Namespace, texts: dict[str, list[str]], num_sa
         "temperature": (0 <= args.temperature < math.inf, "0 (take the likeliest token) or more"),
         "top_k": (args.top_k >= 0, "at least 1, or 0 to draw from all tokens"),
         "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
+        "min_p": (0 <= args.min_p <= 1, "from 0 to 1"),
+        "repetition_penalty": (0 < args.repetition_penalty < math.inf, "above 0; 1 is none"),
         "num_samples": (num_samples >= 1, "at least 1"),
         "seed": (0 <= args.seed < 2**63 - num_samples, "from 0 to 2^63"),
     }
     for flag, (good, wanted) in limits.items():
         if not good:
             raise UserError(f"--{flag} is {getattr(args, flag)}; it must be {wanted}")
-    for flag, given in texts.items():
+    if "" in args.stop_strings:
+        raise UserError("--stop_strings has an empty text, which would end everything before it begins; leave it out")
+    for flag, given in (texts | {"stop_strings": args.stop_strings}).items():
         for text in given:
             if any("\ud800" <= character <= "\udfff" for character in text):  # how bytes that are not UTF-8 arrive
                 raise UserError(f"--{flag} {text!r} is not UTF-8 text; give it in that encoding")

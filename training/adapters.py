@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from kernels.lora_linear import Adapter, augmented_weight, choose_path, device_name, lora_linear, store_adapters
+from kernels.lora_linear import Adapter, augmented_weight, choose_path, device_name, lora_linear, masked, store_adapters
 from kernels.nf4 import NF4Weight, dequantise_nf4, quantise_nf4
 from kernels.nf4_linear import nf4_linear
 from kernels.norm_lora import norm_lora_linear
@@ -116,6 +116,8 @@ class LoraLinear(nn.Module):
         self.lora_magnitude_vector = nn.ParameterDict()  # m, of DoRA's adapters
         self.scales: dict[str, float] = {}
         self.dropouts: dict[str, float] = {}
+        self.token_keys: Tensor | None = None  # (B, T) int64: what decides on dropout's masks; see set_token_keys
+        self.stream = 0  # this layer's masks among those of the same tokens
         self.active: tuple[str, ...] = ()
         self.path = "torch"  # of LoRA; see kernels/lora_linear.py
         self.augmented: Tensor | None = None
@@ -184,7 +186,12 @@ class LoraLinear(nn.Module):
         if self.quantised:
             return nf4_linear(x, self.nf4_weight(), self.adapters(), implementation=self.implementation)
         path = "torch" if self.path == "augmented" and self.active != self.stored else self.path
-        return lora_linear(x, self.weight, self.adapters(), dropout=dropout, path=path, augmented=self.augmented)
+        return lora_linear(
+            x, self.weight, self.adapters(), dropout=dropout, keys=self._keys(), path=path, augmented=self.augmented
+        )  # fmt: skip
+
+    def _keys(self) -> tuple[Tensor, int] | None:
+        return None if self.token_keys is None else (self.token_keys, self.stream)
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """y = x Wᵀ, then for each active adapter in turn y + update, or with DoRA m / |W + scale · B A| · (y + update).
@@ -192,9 +199,9 @@ class LoraLinear(nn.Module):
         Under dropout DoRA's frozen part sees the masked x as well (PEFT's reading of the paper's equation 5).
         """
         y = self._frozen_product(x)
-        for name in self.active:
+        for number, name in enumerate(self.active):
             dropout = self.dropouts[name] if self.training else 0.0
-            branch = F.dropout(x, dropout) if dropout else x
+            branch = masked(x, dropout, self._keys(), number) if dropout else x
             low = F.linear(branch, self.lora_A[name].to(x.dtype))
             update = self.scales[name] * F.linear(low, self.lora_B[name].to(x.dtype))
             if name not in self.lora_magnitude_vector:
@@ -219,6 +226,16 @@ class LoraLinear(nn.Module):
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             lengths = torch.addmm(self.frozen_weight(), b, a, alpha=self.scales[name]).norm(dim=1)
         return self.lora_magnitude_vector[name] / lengths
+
+
+def set_token_keys(model: nn.Module, keys: Tensor) -> None:
+    """Let the dropout of every adapter, in training mode, be decided by these keys (B, T) int64 until others are set.
+
+    They stay, so that an activation that is computed again in the backward pass gets the same mask.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and any(module.dropouts.values()):
+            module.token_keys = keys
 
 
 class NormProjections(nn.Module):
@@ -346,6 +363,7 @@ def place_adapters(
             linear = _replace(model, path, LoraLinear(linear.weight.data, model.kernels.nf4))
         a = _draw_a(seed, f"{path}.{name}", settings.rank_of(path), linear)
         linear.add(name, a, settings.scale_of(path), dropout=settings.dropout, dora=settings.dora)
+        linear.stream = _stream(path)
     for module in model.modules():
         if isinstance(module, LoraLinear):  # the kernels may have been chosen after the base was loaded
             module.implementation = model.kernels.nf4
@@ -387,6 +405,11 @@ def _measured_path(stack: Sequence[LoraLinear], rows: int) -> str:
     weight, out_features = stack[0].weight, sum(layer.shape[0] for layer in stack)
     total_rank = sum(len(layer.lora_A[name]) for layer in stack for name in layer.active)
     return choose_path(device_name(weight.device), weight.dtype, rows, out_features, stack[0].shape[1], total_rank)
+
+
+def _stream(path: str) -> int:
+    """A number for each layer, far from those of the others: an adapter adds its own, small one."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:6], "little") << 8
 
 
 def _draw_a(seed: int, name: str, rank: int, linear: LoraLinear) -> Tensor:

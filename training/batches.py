@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dataprep.shards import TokenSplit
 from errors import UserError
-from training.sampler import locate
+from training.sampler import SAMPLER_VERSION, locate
 
 IGNORE_INDEX = -100  # the target that is not learned; the field's usual value
 _CU_SEQLENS_MULTIPLE = (
@@ -105,16 +105,19 @@ class Windows:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The sources of a run and how they are mixed."""
+    """The sources of a run and how they are mixed. sampler: the version of training/sampler.py that the run began with."""
 
     sources: list[Windows]
     weights: list[float]
     seed: int
+    sampler: int = SAMPLER_VERSION
 
     def rows(self, first: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rows of samples first … first+count-1, as `Windows.row` gives them."""
         sizes = [len(source) for source in self.sources]
-        samples = locate(first, count, num_windows=sizes, weights=self.weights, seed=self.seed)
+        samples = locate(
+            first, count, num_windows=sizes, weights=self.weights, seed=self.seed, version=self.sampler
+        )  # fmt: skip
         for source, window in zip(samples.source.tolist(), samples.window.tolist(), strict=True):
             yield self.sources[source].row(window)
 
@@ -135,8 +138,9 @@ class TrainingData:
 
 
 def open_training_data(
-    splits: list[TokenSplit], weights: list[float], *, max_length: int, stride: int, document_mask: bool, seed: int
-) -> TrainingData:
+    splits: list[TokenSplit], weights: list[float], *, max_length: int, stride: int, document_mask: bool, seed: int,
+    sampler: int = SAMPLER_VERSION,
+) -> TrainingData:  # fmt: skip
     """Windows over opened splits, mixed by `weights` (empty: by their numbers of tokens). Raises UserError."""
     if stride >= max_length:
         raise UserError(f"--stride {stride} must be smaller than --max_length {max_length}: it is the rows' overlap")
@@ -147,7 +151,7 @@ def open_training_data(
                 f"the {source.split.split} split has {source.split.num_tokens:,} tokens, fewer than one row of --max_length "
                 f"{max_length} + 1; lower --max_length or prepare more text"
             )
-    return TrainingData(sources, weights or [float(split.num_tokens) for split in splits], seed)
+    return TrainingData(sources, weights or [float(split.num_tokens) for split in splits], seed, sampler)
 
 
 def evaluation_micro_batches(

@@ -8,32 +8,41 @@ micro-batches (packing.py). As in pretraining a run's position is one integer, a
 import contextlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from kernels.dropout import GOLDEN, mix64
+from training.adapters import set_token_keys
 from training.batches import MicroBatch
 from training.metrics import mean
 from training.packing import Sequence, pack
 from training.parallel import Ranks, unwrap
 from training.precision import Precision
-from training.sampler import locate
+from training.sampler import SAMPLER_VERSION, hash_key, locate
 
+SAMPLE_KEY = "sample_key"  # the column of a sequence that is trained on
 Group = SequenceOf[Sequence]
 Metrics = dict[str, tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
 class ExampleData:
-    """groups: the sequences of each example, as many in each, all with the same columns. seed: of the order."""
+    """groups: the sequences of each example, as many in each, all with the same columns. seed: of the order.
+
+    sampler: the version of training/sampler.py that the run began with.
+    """
 
     groups: SequenceOf[Group]
     seed: int
+    sampler: int = SAMPLER_VERSION
 
     def numbers(self, first: int, count: int) -> list[int]:
         """The example of each of the samples first … first+count-1: every example once an epoch, in a new order."""
-        return locate(first, count, num_windows=[len(self.groups)], weights=[1.0], seed=self.seed).window.tolist()
+        return locate(
+            first, count, num_windows=[len(self.groups)], weights=[1.0], seed=self.seed, version=self.sampler
+        ).window.tolist()  # fmt: skip
 
     def epoch(self, first: int) -> float:
         """How many times the examples have been seen after `first` samples, as a fraction."""
@@ -72,10 +81,25 @@ class ExampleFeed:
     def batches(
         self, first: int, micro_batches: Callable[[list[Group]], list[MicroBatch]]
     ) -> Iterator[list[MicroBatch]]:
-        """For each optimizer step from sample `first` on, without end: what `micro_batches` makes of its examples."""
+        """For each optimizer step from sample `first` on, without end: what `micro_batches` makes of its examples.
+
+        Every sequence has the column SAMPLE_KEY, which decides on all that is random in how it is trained on.
+        """
         while True:
-            yield micro_batches(self.groups(first))
+            groups = self.groups(first)
+            keys = iter(self._sample_keys(groups, self.samples(first)))
+            for_step = []
+            for batch in micro_batches(groups):
+                column = torch.tensor([next(keys) for _ in batch.last_tokens], dtype=torch.int64)
+                for_step.append(replace(batch, columns={**batch.columns, SAMPLE_KEY: column}))
+            yield for_step
             first += self.batch_size
+
+    def _sample_keys(self, groups: list[Group], samples: range) -> Iterator[int]:
+        """One for each sequence, in their order; 63 bits, which fit int64."""
+        for sample, group in zip(samples, groups, strict=True):
+            for place in range(len(group)):
+                yield hash_key(self.data.seed, sample, *([place] if place else [])) >> 1
 
     def pack(self, groups: SequenceOf[Group]) -> list[MicroBatch]:
         """Micro-batches that hold every sequence once, in order."""
@@ -124,6 +148,18 @@ def pack_examples(groups: SequenceOf[Group], max_length: int, micro_batch_size: 
     if not groups:
         return []
     return pack(groups, max_length=max_length, micro_batch_size=micro_batch_size * max(map(len, groups)))
+
+
+def token_keys(batch: MicroBatch) -> Tensor:
+    """(B, T) int64: a key for each token, of its sequence's sample and its position in it."""
+    keys = torch.cat([batch.columns[SAMPLE_KEY], batch.columns[SAMPLE_KEY].new_zeros(1)])  # one more for the padding
+    return mix64(keys[batch.sequence_ids] + GOLDEN * (batch.positions + 1))
+
+
+def use_sample_keys(model: nn.Module, batch: MicroBatch) -> None:
+    """Let dropout in the next forward pass follow the samples of a training batch."""
+    if SAMPLE_KEY in batch.columns:
+        set_token_keys(model, token_keys(batch))
 
 
 @contextlib.contextmanager

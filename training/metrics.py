@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -27,20 +28,37 @@ T = TypeVar("T")
 _STATUS_SECONDS = 5.0
 _LIVE_SECONDS = 0.5
 
-# Dense peak TFLOP/s in 16-bit with fp32 accumulation, from the makers' data sheets; the first name that occurs wins.
-_PEAK_TFLOPS_16BIT = (
-    ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H20", 148), ("GH200", 989), ("B200", 2250),
-    ("B100", 1750), ("A100", 312), ("A800", 312), ("A10G", 70), ("A10", 125), ("A30", 165), ("A40", 150), ("L40S", 362),
-    ("L40", 181), ("L4", 121), ("V100", 125), ("T4", 65), ("RTX 4090", 165), ("RTX 3090", 71), ("RTX A6000", 155),
-)  # fmt: skip
+# Dense peak TFLOP/s in 16-bit with fp32 accumulation, from the makers' data sheets, by product as the driver names it.
+_PEAK_TFLOPS_16BIT = {
+    "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H20": 148, "GH200": 989, "B200": 2250,
+    "B100": 1750, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "L40S": 362, "L40": 181, "L4": 121,
+    "V100": 125, "V100 PCIe": 112, "T4": 65, "GeForce RTX 4090": 165, "GeForce RTX 3090": 71, "RTX A6000": 155,
+}  # fmt: skip
+# what stands beside the product's name: the board it is on and its memory. Any other word makes it another product
+_BOARD = re.compile(r"[- ](?:SXM\d?|PCIE|PG\d+|\d+|\d+GB?|HBM\d?e?)(?=[- ]|$)")
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak TFLOP/s of one device for matrix products in `dtype`, or None where groundup does not know it."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((float(peak) for known, peak in _PEAK_TFLOPS_16BIT if known in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """`peak_tflops` in 16-bit of the product that the driver calls `name`, None for one that is not known by its whole name.
+
+    "RTX A1000" is no A100, a part of one ("A100-SXM4-40GB MIG 1g.5gb") or a laptop's chip is not the card.
+    """
+    name = name.removeprefix("NVIDIA ").removeprefix("Tesla ")
+    if name.startswith("V100"):
+        name = name.replace("-PCIE", " PCIe")
+    name = re.sub(r"^(A100|A800) (\d+GB) PCIe$", r"\1-PCIE-\2", name)
+    while (shorter := _BOARD.sub("", name, count=1)) != name:
+        if name in _PEAK_TFLOPS_16BIT:
+            break
+        name = shorter
+    return float(_PEAK_TFLOPS_16BIT[name]) if name in _PEAK_TFLOPS_16BIT else None
 
 
 def reduce_metrics(metrics: dict[str, tuple[Tensor, float]], ranks: Ranks) -> dict[str, float | None]:

@@ -124,11 +124,14 @@ def settle_gradient_buckets(model: nn.Module, backward: Callable[[], None]) -> N
     """Let DDP finish arranging its gradient buckets before the first step.
 
     DDP regroups its buckets after the first backward pass, which changes the order in which three or more ranks are
-    summed. Without two throw-away passes at every start, a resumed run's first step would differ in the last bit.
+    summed. Without two throw-away passes at every start, a resumed run's first step would differ in the last bit. What they
+    draw is drawn again by the first step.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        for _ in range(2):
-            backward()
+        devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(devices)):
+            for _ in range(2):
+                backward()
         model.zero_grad(set_to_none=True)
 
 

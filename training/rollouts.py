@@ -25,7 +25,7 @@ from model import KVCache, Transformer
 from training.batches import IGNORE_INDEX, MicroBatch
 from training.packing import Sequence, pack
 from training.parallel import Ranks
-from training.sampler import hash_key, locate, permute, splitmix64
+from training.sampler import SAMPLER_VERSION, hash_key, locate, permute, splitmix64
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
 _ROLLOUT_KEY, _ORDER_KEY = 10, 11  # what a key is for, so that no two uses share random numbers
@@ -244,6 +244,7 @@ class RolloutSchedule:
     minibatches: int
     epochs: int
     seed: int
+    sampler: int = SAMPLER_VERSION  # the version of training/sampler.py that the run began with
 
     @property
     def steps_per_phase(self) -> int:
@@ -261,7 +262,7 @@ class RolloutSchedule:
         """(prompts_per_phase,) which prompts a phase answers: a permutation of all prompts in each pass over them."""
         first = phase * self.prompts_per_phase
         return locate(
-            first, self.prompts_per_phase, num_windows=[num_prompts], weights=[1.0], seed=self.seed
+            first, self.prompts_per_phase, num_windows=[num_prompts], weights=[1.0], seed=self.seed, version=self.sampler
         ).window  # fmt: skip
 
     def seeds(self, phase: int, answers: int) -> list[int]:
@@ -274,7 +275,7 @@ class RolloutSchedule:
         """(batch_size,) places, in the phase's order of prompts, that step number `step` of the phase learns from."""
         epoch, minibatch = divmod(step, self.minibatches)
         size = self.prompts_per_phase
-        order = permute(np.arange(size), size, hash_key(self.seed, _ORDER_KEY, phase, epoch))
+        order = permute(np.arange(size), size, hash_key(self.seed, _ORDER_KEY, phase, epoch), self.sampler)
         return order[minibatch * self.batch_size : (minibatch + 1) * self.batch_size]
 
 

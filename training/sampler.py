@@ -10,15 +10,22 @@ A pure function of (seed, t): no index, no shuffled copy, O(1) memory, O(1) resu
   5. the window is a permutation of the source's windows at that place, keyed by (seed, source, epoch)
 
 Ranks, micro-batches and accumulation do not enter: a run's position is one integer, the samples consumed.
+
+Permutations of fewer than 4096 things are shuffles of a table since version 2. In version 1 they came from the cipher too,
+which on so few bits is far from uniform; a run that began with it keeps its order.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+SAMPLER_VERSION = 2
 BLOCK_SIZE = 4096
+_TABLE_SIZE = 4096  # below it a permutation is a table
 _FIXED_POINT_BITS = 32
 _MASK64 = 2**64 - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
 _FEISTEL_ROUNDS = 4  # two fail chi-squared tests of neighbouring outputs, three are marginal
 
 
@@ -39,12 +46,15 @@ def hash_key(*parts: int) -> int:
     return state
 
 
-def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+def permute(indices: np.ndarray, size: int, key: int, version: int = SAMPLER_VERSION) -> np.ndarray:
     """Where a keyed permutation of range(size) sends `indices` (any shape, integers in [0, size)); int64.
 
-    A Feistel network on just enough bits to hold size - 1, walked again while the value falls outside (cycle walking;
+    Small ones are the ranks of `size` hashes of the key: every permutation is equally likely. Others: a Feistel
+    network on just enough bits to hold size - 1, walked again while the value falls outside (cycle walking;
     Black & Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection for every size.
     """
+    if version > 1 and size < _TABLE_SIZE:
+        return _table(size, key)[np.asarray(indices)]
     bits = max(2, (size - 1).bit_length())
     left_bits, right_bits = bits // 2, bits - bits // 2
     round_keys = [np.uint64(hash_key(key, round_number)) for round_number in range(_FEISTEL_ROUNDS)]
@@ -64,6 +74,13 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     return values.astype(np.int64)
 
 
+@lru_cache(maxsize=64)
+def _table(size: int, key: int) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        hashes = splitmix64(np.uint64(hash_key(key)) + np.arange(1, size + 1, dtype=np.uint64) * _GOLDEN)
+    return np.argsort(hashes, kind="stable")
+
+
 @dataclass(frozen=True)
 class Samples:
     """Where a range of samples lies; three int64 arrays of shape (count,)."""
@@ -73,8 +90,13 @@ class Samples:
     window: np.ndarray
 
 
-def locate(first: int, count: int, *, num_windows: list[int], weights: list[float], seed: int) -> Samples:
-    """Samples first … first+count-1 of a run over sources with `num_windows` windows each, mixed by `weights`."""
+def locate(
+    first: int, count: int, *, num_windows: list[int], weights: list[float], seed: int, version: int = SAMPLER_VERSION
+) -> Samples:  # fmt: skip
+    """Samples first … first+count-1 of a run over sources with `num_windows` windows each, mixed by `weights`.
+
+    version: the one that the run began with.
+    """
     cumulative = np.cumsum(np.asarray(weights, dtype=np.float64)) / float(np.sum(weights))
     bounds = [0, *(round(x * 2**_FIXED_POINT_BITS) for x in cumulative[:-1]), 2**_FIXED_POINT_BITS]
 
@@ -102,5 +124,5 @@ def locate(first: int, count: int, *, num_windows: list[int], weights: list[floa
     window = np.empty(count, dtype=np.int64)
     for k, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
         chosen = (source == k) & (epoch == e)
-        window[chosen] = permute(place[chosen], num_windows[k], hash_key(seed, 1, k, e))
+        window[chosen] = permute(place[chosen], num_windows[k], hash_key(seed, 1, k, e), version)
     return Samples(source, epoch, window)

@@ -443,10 +443,10 @@ def test_a_wrong_kernel_is_noticed(old, new, path, dtype, tmp_path, device):
 @pytest.mark.parametrize(
     ("path", "old", "new"),
     [
-        ("torch", "F.dropout(x, dropout) if dropout else x", "x"),
+        ("torch", "return F.dropout(x, dropout)", "return x"),
         ("augmented", "if not dropout:\n        return _augment", "if True:\n        return _augment"),
         ("one_pass", "if not dropout:\n        return _one_pass", "if True:\n        return _one_pass"),
-        ("torch", "return [F.dropout(x, dropout) if dropout else x for _ in adapters]",
+        ("torch", "return [masked(x, dropout, keys, number) if dropout else x for number in range(len(adapters))]",
          "return [F.dropout(x, dropout)] * len(adapters)"),
     ],
     ids=["ignored", "ignored augmented", "ignored in one pass", "one mask for all"],

@@ -144,9 +144,9 @@ def test_the_end_of_a_turn_may_be_text_across_pieces():
     text = "one ~~ two"
     for size in range(1, len(text) + 1):
         pieces = [text[at : at + size] for at in range(0, len(text), size)]
-        assert "".join(chat.up_to("~~", pieces)) == "one "
-        assert "".join(chat.up_to("~~~", pieces)) == "".join(chat.up_to("", pieces)) == text
-    assert list(chat.up_to("~~", ["a", "b~", "c"]))[:2] == ["a", "b"]  # what cannot be the end is not held back
+        assert "".join(chat.up_to(["~~"], pieces)) == "one "
+        assert "".join(chat.up_to(["~~~"], pieces)) == "".join(chat.up_to([], pieces)) == text
+    assert list(chat.up_to(["~~"], ["a", "b~", "c"]))[:2] == ["a", "b"]  # what cannot be the end is not held back
 
 
 def test_a_dialogue_that_fills_the_context_is_told_and_goes_on(finished_run, talk):

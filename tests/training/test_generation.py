@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
 from model import ModelConfig, Transformer, load_pretrained
+from training.adapter_files import load_base
 from training.generation import TextDecoder, generate, probabilities, stream_ids, stream_text
 
 CONTEXT = 48
@@ -62,7 +63,7 @@ def collect(pieces) -> tuple[list[str], str]:
         try:
             found.append(next(pieces))
         except StopIteration as end:
-            return found, end.value
+            return found, getattr(end.value, "reason", end.value)
 
 
 # ------------------------------------------------------------------------------------------------------- against a peer
@@ -367,3 +368,63 @@ def test_wordpiece_pieces_join_to_the_full_decode(tmp_path, first):
     decoder = TextDecoder(tokenizer, prompt)
     text = "".join(map(decoder.add, new)) + decoder.finish()
     assert text == tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
+
+
+@pytest.mark.parametrize("settings", [
+    {"repetition_penalty": 1.3}, {"repetition_penalty": 0.8, "temperature": 0.7}, {"min_p": 0.2},
+    {"min_p": 1.0, "temperature": 2.0},
+    {"repetition_penalty": 1.2, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "temperature": 1.4},
+])  # fmt: skip
+def test_probabilities_are_those_of_transformers_processors(model, settings):
+    """In the order in which its generate() puts them together, on a prompt that repeats itself."""
+    from transformers import GenerationConfig
+    from transformers.generation import logits_process as peer
+
+    config = GenerationConfig(**settings)
+    warpers = {
+        "repetition_penalty": peer.RepetitionPenaltyLogitsProcessor, "temperature": peer.TemperatureLogitsWarper,
+        "top_k": peer.TopKLogitsWarper, "top_p": peer.TopPLogitsWarper, "min_p": peer.MinPLogitsWarper,
+    }  # fmt: skip
+    prompt = ids([5, 9, 5, 5, 7, 9])
+    with torch.inference_mode():
+        logits = model.logits(model(prompt)[:, -1])
+    scores = peer.LogitsProcessorList(
+        [make(getattr(config, name)) for name, make in warpers.items() if name in settings]
+    )(prompt, logits.clone())
+    wanted = scores.softmax(-1)[0].numpy()
+    drawn = {"temperature": 1.0, **settings}
+    columns = [
+        next(stream_ids(model, prompt, max_new_tokens=1, generator=torch.Generator().manual_seed(seed), **drawn)).item()
+        for seed in range(400)
+    ]
+    counts = np.bincount(columns, minlength=len(wanted))
+    assert not counts[wanted == 0].any()
+    frequent = 400 * wanted >= 5  # the others together are one more bin
+    found, expected = ([*x[frequent], x[~frequent].sum()] for x in (counts, 400 * wanted))
+    chi_squared = sum((a - b) ** 2 / b for a, b in zip(found, expected, strict=True) if b > 0)
+    freedom = frequent.sum()
+    assert chi_squared < freedom + 6 * max(1, 2 * freedom) ** 0.5
+
+
+def test_a_greedy_text_with_a_repetition_penalty_is_transformers(tmp_path):
+    peer = peer_model("llama", tmp_path)
+    ours = load_base(tmp_path, dtype=torch.float32)
+    prompt = ids([1, 2, 3, 1])
+    wanted = peer.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, repetition_penalty=1.5,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    assert generate(ours, prompt, max_new_tokens=24, temperature=0, repetition_penalty=1.5).tolist() == wanted.tolist()
+    assert generate(ours, prompt, max_new_tokens=24, temperature=0).tolist() != wanted.tolist()
+
+
+def test_a_stop_string_ends_the_text_before_it(model, tokenizer):
+    settings = {"max_new_tokens": 40, "temperature": 0}
+    whole = "".join(stream_text(model, tokenizer, "the", **settings))
+    assert len(whole) > 12
+    for stops in ([whole[6:9]], [whole[8:12], whole[5:7]], ["never there", whole[3]]):
+        pieces, reason = collect(stream_text(model, tokenizer, "the", stop_strings=stops, **settings))
+        first = min(whole.index(stop) for stop in stops if stop in whole)
+        assert ("".join(pieces), reason) == (whole[:first], "stop string")
+    pieces, reason = collect(stream_text(model, tokenizer, "the", stop_strings=[whole + "!"], **settings))
+    assert ("".join(pieces), reason) == (whole, "max_new_tokens")  # what was held back comes

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.metrics import ProgressLine, RunLog, TrainRow, peak_tflops, write_json
+from training.metrics import ProgressLine, RunLog, TrainRow, peak_of, peak_tflops, write_json
 from training.run_files import read_history
 
 
@@ -88,6 +88,33 @@ def test_status_is_replaced_whole_and_at_state_changes(tmp_path):
 
 def test_an_unknown_device_has_no_peak():
     assert peak_tflops(torch.device("cpu"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+        ("A100-PCIE-40GB", 312), ("NVIDIA A100-SXM-64GB", 312), ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA A800 80GB PCIe", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GH200 144G HBM3e", 989), ("NVIDIA B200", 2250), ("NVIDIA H20", 148), ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA A30", 165),
+        ("NVIDIA A40", 150), ("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-SXM2-32GB", 125),
+        ("Tesla V100-PCIE-16GB", 112), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA RTX A6000", 155),
+        *((name, None) for name in (
+            "NVIDIA RTX A1000", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA RTX A4000", "NVIDIA RTX A400",
+            "NVIDIA RTX A3000", "NVIDIA T400", "NVIDIA T400 4GB", "NVIDIA T1000",
+            "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti",
+            "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100X", "NVIDIA A10-24Q", "NVIDIA A40-48Q", "NVIDIA A2",
+            "NVIDIA RTX 6000 Ada Generation", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Tesla V100S-PCIE-32GB",
+            "NVIDIA GB200", "NVIDIA B300", "NVIDIA L20", "NVIDIA A16", "NVIDIA H800", "AMD Instinct MI300X",
+            "Quadro RTX 4000", "Tesla T40", "", "NVIDIA GeForce GTX 1080 Ti", "NVIDIA H20-3e",
+        )),
+    ],
+)  # fmt: skip
+def test_a_device_is_known_by_its_whole_name(name, peak):
+    assert peak_of(name) == peak
 
 
 @pytest.mark.gpu

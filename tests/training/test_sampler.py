@@ -1,11 +1,20 @@
 """Is the data order what DESIGN promises: exact permutations, exact mixtures, a pure function of (seed, sample)?"""
 
+from collections import Counter
+from math import factorial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.sampler import BLOCK_SIZE, hash_key, locate, permute
+
+OLD_ORDERS = {
+    (5, 7): [2, 3, 4, 1, 0],
+    (12, 99): [4, 5, 10, 6, 2, 3, 9, 11, 0, 7, 1, 8],
+    "locate": [3, 1, 0, 2, 0, 2, 3, 1, 3, 1, 0, 2],
+}
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,3 +76,25 @@ def test_any_part_of_the_order_can_be_read_alone(first):
 def test_seeds_give_different_orders():
     a, b = (locate(0, 500, num_windows=[500], weights=[1.0], seed=seed).window for seed in (0, 1))
     assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 7])
+def test_every_permutation_of_few_things_is_equally_likely(size):
+    """Chi-squared over all permutations, a hundred keys for each: within 5 standard deviations of a true shuffle's."""
+    keys = 100 * factorial(size)
+    drawn = keys if size < 7 else keys // 10
+    counts = Counter(tuple(permute(np.arange(size), size, hash_key(3, key)).tolist()) for key in range(drawn))
+    freedom, expected = factorial(size) - 1, drawn / factorial(size)
+    chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
+    chi_squared += (factorial(size) - len(counts)) * expected
+    assert abs(chi_squared - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_version_1_is_the_cipher_at_every_size():
+    """Known values: the order of a run that began before there were versions."""
+    assert permute(np.arange(5), 5, 7, version=1).tolist() == OLD_ORDERS[5, 7]
+    assert permute(np.arange(12), 12, 99, version=1).tolist() == OLD_ORDERS[12, 99]
+    old = locate(0, 12, num_windows=[4], weights=[1.0], seed=0, version=1).window.tolist()
+    assert old == OLD_ORDERS["locate"] != locate(0, 12, num_windows=[4], weights=[1.0], seed=0).window.tolist()
+    large = np.arange(5000)
+    assert np.array_equal(permute(large, 5000, 7, version=1), permute(large, 5000, 7))
