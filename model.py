@@ -28,8 +28,9 @@ from kernels.attention import AttentionMask, attention, causal_mask, document_ma
 from kernels.choice import KernelChoice
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
-from kernels.rotary import checked_scaling, rotary_tables
+from kernels.rotary import STRETCHED_FROM, checked_scaling, rotary_tables
 from kernels.swiglu import swiglu
+from paths import inside
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -147,6 +148,10 @@ class ModelConfig:
                 raise UserError(f"config.json: {name} is {config[name]!r}; only {value!r} can be loaded")
         if any(kind != "full_attention" for kind in config.get("layer_types") or []):
             raise UserError("config.json: layer_types has layers other than full_attention, which cannot be loaded")
+        # transformers: Qwen3's head_dim must be a number, and a null rope_theta is taken for no number at all
+        for name in ("rope_theta", *(["head_dim"] if family == "qwen3" else [])):
+            if config.get(name, 0) is None and not (name == "rope_theta" and config.get("rope_parameters")):
+                raise UserError(f"config.json: {name} is null; give it a number, or leave the field out")
         theta, scaling = _rope_from_hf(config)
         given = {**_FAMILY_DEFAULTS[family], **{name: config[name] for name in config if name in cls.__annotations__}}
         given |= {"rope_theta": theta, "rope_scaling": scaling, "qk_norm": family == "qwen3"}
@@ -156,20 +161,30 @@ class ModelConfig:
 
 def _rope_from_hf(config: dict) -> tuple[float, dict | None]:
     """(theta, rope_scaling) from version 4's rope_theta and rope_scaling or version 5's rope_parameters."""
-    parameters = config.get("rope_parameters") or {}
-    if any(isinstance(value, dict) for value in parameters.values()):
+    sources = [config.get("rope_scaling") or {}, config.get("rope_parameters") or {}]
+    if any(isinstance(value, dict) for source in sources for value in source.values()):
         raise UserError("config.json: rope_parameters differ from layer to layer, which cannot be loaded")
-    thetas = {source["rope_theta"] for source in (config, parameters) if source.get("rope_theta") is not None}
-    if len(thetas) > 1:
-        raise UserError("config.json: rope_theta and rope_parameters.rope_theta contradict each other; correct one")
-    scaling = dict(config.get("rope_scaling") or parameters)  # the order of precedence of transformers 5
-    scaling.pop("rope_theta", None)
+    theta = _agreed(config, sources, "rope_theta")
+    original = _agreed(config, sources, "original_max_position_embeddings")
+    scaling = dict(sources[0] or sources[1])  # the order of precedence of transformers 5
     kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
     scaling.pop("type", None)  # the name before transformers 4.43
-    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+    for name in ("rope_theta", "original_max_position_embeddings"):
+        scaling.pop(name, None)
+    if _agreed(config, sources, "partial_rotary_factor") not in (None, 1.0):
         raise UserError("config.json: partial_rotary_factor is not 1, which cannot be loaded")
-    theta = float(thetas.pop()) if thetas else 10000.0
-    return theta, None if kind == "default" else {"rope_type": kind, **scaling}
+    scaling.pop("partial_rotary_factor", None)
+    if original is not None and kind in STRETCHED_FROM:
+        scaling["original_max_position_embeddings"] = original
+    return 10000.0 if theta is None else float(theta), None if kind == "default" else {"rope_type": kind, **scaling}
+
+
+def _agreed(config: dict, sources: list[dict], name: str) -> float | None:
+    """The value that config.json gives a field of the rotary embedding, at its top or in one of the `sources`."""
+    found = {source[name] for source in (config, *sources) if source.get(name) is not None}
+    if len(found) > 1:
+        raise UserError(f"config.json: {name} is given as {' and as '.join(map(str, sorted(found)))}; correct one")
+    return found.pop() if found else None
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -480,7 +495,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         raise UserError(f"{folder}: there is no model.safetensors and no model.safetensors.index.json")
     files: dict[Path, list[str]] = {}
     for name, file in read_json(index).get("weight_map", {}).items():
-        files.setdefault(folder / file, []).append(name)
+        files.setdefault(inside(folder, file, index.name), []).append(name)
     for path, held in files.items():
         with open_safetensors(path) as tensors:
             absent = set(held) - set(tensors.keys())

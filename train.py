@@ -132,6 +132,8 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     # ------------------------------------------------------------------------------------------------------------- data
     data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings, saved.get("data_order"))
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
+    if base_shape and data.max_length > base_shape.max_position_embeddings:  # said in data.report
+        base_shape = dataclasses.replace(base_shape, max_position_embeddings=data.max_length)
     if config.stage != "pretrain" and origins["max_steps"] == "default":
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
 

@@ -52,6 +52,7 @@ from dataprep.shards import (
 from dataprep.tasks import write_atomic
 from dataprep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer, tokenizer_sha256
 from errors import UserError
+from paths import inside
 from training.packing import Sequence
 from training.safetensors_writer import write_file
 
@@ -363,9 +364,10 @@ class ExampleShards(SequenceOf):
         shards = self.metadata.splits["train"].shards
         folder, further = Path(data_dir) / DATASET_FOLDER, options["further_files"]
         for name, info in further.items():
-            if not (folder / name).is_file() or os.path.getsize(folder / name) != info["bytes"]:
+            path = inside(folder, name, f"../{METADATA_FILE}")
+            if not path.is_file() or os.path.getsize(path) != info["bytes"]:
                 raise UserError(
-                    f"{folder / name} is missing or not as long as {METADATA_FILE} says; prepare the data again with "
+                    f"{path} is missing or not as long as {METADATA_FILE} says; prepare the data again with "
                     "data_prep_tool.py"
                 )
         self._columns = options["columns"]

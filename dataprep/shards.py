@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from errors import UserError
+from paths import inside
 
 FORMAT = "groundup-dataset"
 FORMAT_VERSION = 1
@@ -270,7 +271,7 @@ def _starts(sizes: Iterator[int]) -> list[int]:
 def _open_shard(data_dir: Path, shard: ShardInfo, metadata: Metadata) -> _Shard:
     folder = data_dir / DATASET_FOLDER
     for name, expected in shard.files.items():
-        problem = _size_problem(folder / name, expected)
+        problem = _size_problem(inside(folder, name, f"../{METADATA_FILE}"), expected)
         if problem:
             raise UserError(f"{problem}; prepare the data again with data_prep_tool.py")
     opened = _map_shard(folder / shard.name, shard, metadata.dtype)
@@ -360,7 +361,7 @@ def verify_dataset(data_dir: str | Path) -> list[str]:
 def _verify_shard(folder: Path, shard: ShardInfo, metadata: Metadata) -> list[str]:
     problems = []
     for name, expected in shard.files.items():
-        problem = _size_problem(folder / name, expected)
+        problem = _size_problem(inside(folder, name, f"../{METADATA_FILE}"), expected)
         if problem is None and checksum_file(folder / name) != expected:
             problem = f"{folder / name}: the checksum differs from {METADATA_FILE}; the file is damaged"
         if problem:

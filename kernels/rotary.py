@@ -16,6 +16,7 @@ _REQUIRED = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings"},
 }
+STRETCHED_FROM = ("llama3", "yarn")  # those that know the context before it was stretched
 _OPTIONAL = {"yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}}
 
 
@@ -54,8 +55,10 @@ def checked_scaling(scaling: dict, max_position_embeddings: int) -> dict:
     if kind not in _REQUIRED:
         raise UserError(f'rope_scaling: rope_type "{kind}" is not known; choose from {", ".join(_REQUIRED)}')
     scaling = dict(scaling)
-    if kind != "linear":  # transformers' own default
+    if kind in STRETCHED_FROM:  # transformers' own default
         scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
+    if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:  # transformers takes what was stretched
+        scaling["factor"] = max_position_embeddings / scaling["original_max_position_embeddings"]
     keys = scaling.keys() - {"rope_type"}
     missing = _REQUIRED[kind] - keys
     unknown = keys - _REQUIRED[kind] - _OPTIONAL.get(kind, set())

@@ -5,6 +5,7 @@ objective over it, once there is a model.
 """
 
 import hashlib
+import json
 import math
 import sys
 from collections import Counter
@@ -25,7 +26,7 @@ from dataprep.examples import Example, ExampleSet, read_examples
 from dataprep.shards import Metadata, load_metadata, open_split
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
-from model import Transformer
+from model import Transformer, read_json
 from stages.dpo import DPO, KTO, with_mismatches
 from stages.grpo import GRPO
 from stages.ppo import PPO
@@ -93,7 +94,7 @@ def open_stage_data(
     # the order of a run that began before it had a version stays as it was
     sampler = SAMPLER_VERSION if saved_order is None else saved_order.get("sampler", 1)
     if config.stage == "pretrain":
-        return _open_shards(config, base, sampler)
+        return _open_shards(config, base, context, sampler)
     return _open_examples(config, base, context, saved_order or {}, sampler)
 
 
@@ -123,7 +124,7 @@ def build_stage(
 # --------------------------------------------------------------------------------------------------------- pretraining
 
 
-def _open_shards(config: TrainConfig, base: Path | None, sampler: int) -> StageData:
+def _open_shards(config: TrainConfig, base: Path | None, context: int | None, sampler: int) -> StageData:
     metadata = [load_metadata(folder) for folder in config.data_dir]
     for folder, one in zip(config.data_dir, metadata, strict=True):
         if one.options.get("format") in FORMATS:
@@ -146,7 +147,27 @@ def _open_shards(config: TrainConfig, base: Path | None, sampler: int) -> StageD
     }  # fmt: skip
     held_out = Windows(open_split(config.data_dir[0], "val"), max_length, 0, config.document_mask)
     num_samples = sum(map(len, train.sources))
-    return StageData(Path(config.data_dir[0]), tokenizer, max_length, order, num_samples, train, held_out)
+    report = []
+    if context and max_length > context:
+        if config.lora:
+            raise UserError(
+                f"--max_length {max_length} is more than the model in {base} takes, {context} tokens, and an adapter cannot "
+                "say so to who loads it: train all weights, or shorten the rows"
+            )
+        report.append(
+            f"the model in {base} takes {context} tokens; it is trained on rows of {max_length}, and takes so many now"
+        )
+    files = {"tokenizer_config.json": _tokenizer_config(config.data_dir[0], max(max_length, context or 0))}
+    return StageData(
+        Path(config.data_dir[0]), tokenizer, max_length, order, num_samples, train, held_out, report, files=files
+    )  # fmt: skip
+
+
+def _tokenizer_config(folder: str, max_length: int) -> bytes:
+    """The folder's, with the length of the model's rows; that of the data may have been another."""
+    path = Path(folder) / "tokenizer_config.json"
+    content = read_json(path) if path.exists() else {}
+    return (json.dumps(content | {"model_max_length": max_length}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _check_vocabulary(config: TrainConfig, metadata: list[Metadata], tokenizer: Tokenizer, base: Path | None) -> None:

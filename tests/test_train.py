@@ -192,7 +192,7 @@ def test_a_run_leaves_what_others_read(train, tmp_path):
     )
     assert {"start", "save", "finish"} <= {row.get("event") for row in lines}
     trained = next(row for row in lines if "loss" in row)
-    keys = "step time loss lr grad_norm tok_s tok_s_gpu mfu dt data_wait mem_gb mem_reserved_gb tokens epoch scaler"
+    keys = "step empty_steps time loss lr grad_norm tok_s tok_s_gpu mfu dt data_wait mem_gb mem_reserved_gb tokens epoch scaler"
     assert set(trained) == set(keys.split()) and trained["mfu"] is None and trained["tokens"] == 4 * 8 * 32
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -223,6 +223,23 @@ def test_the_checkpoint_is_a_hugging_face_model(train, tmp_path, tiny_data):
         eos_token_id=tokenizer.eos_token_id, vocab_size=tokenizer.vocab_size, generator=None,
     )  # fmt: skip
     assert greedy[0].tolist() == mine[0, : greedy.shape[1]].tolist()
+
+
+def test_going_on_with_longer_rows_says_so_in_what_is_saved(train, tmp_path):
+    """The base takes rows of 64 tokens; trained on rows of 128 it takes those, in config.json, tokenizer and transformers."""
+    quiet = ["--batch_size", 4, "--eval_interval", 0, "--sample_prompt", ""]
+    small = ["--hidden_size", 32, "--num_layers", 2, "--num_heads", 2, *quiet]
+    train(tmp_path / "base", *small, "--max_length", 64, "--max_steps", 2)
+    longer = ["--init_from", tmp_path / "base", "--max_length", 128, *quiet]
+    done = train(tmp_path / "longer", *longer, "--max_steps", 2)
+    assert "takes 64 tokens" in done.stdout and "128" in done.stdout
+    train(tmp_path / "longer", "--checkpoint", "latest", "--max_steps", 3)
+    for step in (2, 3):
+        checkpoint = tmp_path / "longer" / f"checkpoint_step_{step}"
+        assert json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"] == 128
+        assert json.loads((checkpoint / "tokenizer_config.json").read_text())["model_max_length"] == 128
+    refused = train(tmp_path / "lora", *longer, "--lora", check=False)
+    assert refused.returncode == 2 and "--max_length 128" in refused.stderr
 
 
 def test_training_learns(train, tmp_path):

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import UserError
+from paths import inside, is_plain_name
 from training.parallel import unwrap
 from training.safetensors_writer import safetensors_chunks, write_file
 from training.save_folder import (
@@ -43,7 +44,6 @@ from training.save_folder import (
     clean,
     from_rank_0,
     fsync_folder,
-    is_plain_name,
     list_checkpoints,
     lock,
     move_aside,
@@ -433,13 +433,9 @@ def _weight_files(path: Path) -> list[Path]:
     if not index_file.exists():
         return [path / WEIGHTS]
     try:
-        names = sorted(set(read_json(index_file)["weight_map"].values()))
-        unsafe = [name for name in names if not is_plain_name(name)]
+        return [inside(path, name, WEIGHTS_INDEX) for name in sorted(set(read_json(index_file)["weight_map"].values()))]
     except UNREADABLE as error:
         raise UserError(f"{index_file} cannot be read ({type(error).__name__}: {error})") from error
-    if unsafe:
-        raise UserError(f"{index_file} names an unsafe file {unsafe[0]!r}")
-    return [path / name for name in names]
 
 
 def _open_tensors(file: Path):

@@ -26,13 +26,12 @@ from kernels.choice import OPERATIONS
 from training.optimizers import OPTIMIZERS
 from training.schedule import SCHEDULES
 
-# hidden size, layers, heads: 64 wide heads up to "medium", 128 from "large" on, as is usual at those sizes
 PRESETS: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 4},
+    "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8},
     "small": {"hidden_size": 768, "num_layers": 12, "num_heads": 12},
     "medium": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16},
-    "large": {"hidden_size": 1536, "num_layers": 24, "num_heads": 12},
-    "xl": {"hidden_size": 2048, "num_layers": 32, "num_heads": 16},
+    "large": {"hidden_size": 1536, "num_layers": 24, "num_heads": 16},
+    "xl": {"hidden_size": 2048, "num_layers": 32, "num_heads": 32},
 }
 _FINE_TUNING = {
     "optimizer": "adamw",
@@ -125,7 +124,7 @@ class TrainConfig:
     vocab_size: int | None = option("model", "must be the tokenizer's, which it defaults to; the weights are padded to a multiple of 128", None)
     hidden_size: int = option("model", "width of the residual stream", 768)
     num_layers: int = option("model", "transformer blocks", 12)
-    num_heads: int = option("model", "attention heads; must divide --hidden_size", 12)
+    num_heads: int = option("model", "attention heads; must divide --hidden_size (default: those of the preset of that size, else heads of 64, or of 128 where 64 does not divide)", 12)
     num_kv_heads: int | None = option("model", "key/value heads, shared by groups of heads; must divide --num_heads (default: --num_heads)", None)
     intermediate_size: int | None = option("model", "width of the SwiGLU MLP (default: 8/3 of --hidden_size, rounded up to a multiple of 64)", None)
     rope_theta: float = option("model", "base of the rotary embedding; 500000 is usual for rows of 4096 tokens and more", 10000.0)
@@ -149,7 +148,7 @@ class TrainConfig:
     z_loss: float = option("optimization", "weight of the squared log-normaliser (1e-5 is usual); kept out of the reported loss", 0.0)
 
     device: str = option("hardware", "auto, cpu, cuda or mps", "auto", ("auto", "cpu", "cuda", "mps"))
-    mixed_precision: str = option("hardware", "bf16, fp16 (with a loss scaler), none, or auto: bf16 on a GPU that has it, fp16 on one that has not, none on a CPU", "auto", PRECISIONS)
+    mixed_precision: str = option("hardware", "bf16, fp16 (with a loss scaler), none, or auto, which the flag alone means too: bf16 on a GPU that has it, fp16 on one that has not, none on a CPU", "auto", PRECISIONS)
     kernels: list[str] = option("hardware", "auto, triton or torch; then, for single ones, operation=triton or operation=torch (operations: " + ", ".join(OPERATIONS) + "). auto: Triton on a GPU, and with --compile_model only where it beats the compiler", ["auto"])
     attention: str = option("hardware", "back end of attention: auto (a varlen kernel for packed documents on a GPU, else sdpa), sdpa, varlen, flash-attn, fa3, fa4 or flex", "auto", ATTENTION_BACKENDS)
     compile_model: bool = option("hardware", "torch.compile the model in place", False)
@@ -316,6 +315,8 @@ def add_options(parser: ArgumentParser) -> None:
             }
             if spec.metadata["choices"]:
                 settings["metavar"] = "|".join(spec.metadata["choices"])
+            if spec.name == "mixed_precision":  # as people write it: the flag alone asks for what the device has
+                settings |= {"nargs": "?", "const": "auto"}
             if is_list:
                 settings["nargs"] = "+"
         group.add_argument(f"--{spec.name}", **settings)
@@ -354,12 +355,27 @@ def resolve_config(
         for name, value in layer.items():
             if name in known:  # a resumed run may have been written by a version with other options
                 values[name], origins[name] = value, origin
+    if origins["num_heads"] == "default" and origins["hidden_size"] != "default":
+        values["num_heads"], origins["num_heads"] = heads_of_size(values["hidden_size"]), "--hidden_size"
     config = TrainConfig(**values)
     if validate:
         config.validate()
         if not in_plan:
             refuse_unread(config, [name for name in origins if origins[name] in ("command line", "config file")])
     return config, origins
+
+
+def heads_of_size(hidden_size: int) -> int:
+    """The attention heads of a model whose width alone is given. UserError for one that has no usual number of them."""
+    for size in PRESETS.values():
+        if size["hidden_size"] == hidden_size:
+            return size["num_heads"]
+    for head_dim in (64, 128):
+        if hidden_size > 0 and hidden_size % head_dim == 0:
+            return hidden_size // head_dim
+    raise UserError(
+        f"--hidden_size {hidden_size} is no multiple of 64, so its heads are not clear: give --num_heads too"
+    )
 
 
 # Options that some runs do not read: their names, of which runs they are, and in which they are read.

@@ -97,6 +97,7 @@ def build_model(
         frozen = "nf4" if config.load_in_4bit else None
         dtype = precision.dtype if config.lora else torch.float32
         model = load_base(base, dtype=dtype, quantise=frozen, device=device)
+        model.config.max_position_embeddings = shape.max_position_embeddings  # longer rows than the base was trained on
         model.kernels = kernels
     else:
         with torch.device("meta"):  # no memory is touched twice, however large the model

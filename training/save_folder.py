@@ -25,6 +25,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from errors import UserError, explain_os_error
+from paths import is_plain_name
 from training.safetensors_writer import file_crc32, write_file
 
 FORMAT = 1
@@ -243,11 +244,6 @@ def _check_file(folder: Path, name: str, size: int, crc: str, deep: bool) -> str
     except OSError as error:
         return f"{name}: {error.strerror}"
     return None
-
-
-def is_plain_name(name: str) -> bool:
-    """Does it name a file in the folder itself: no path, no parent, nothing hidden?"""
-    return name == os.path.basename(name) != "" and not name.startswith(".") and not set(name) & {"\0", "\\"}
 
 
 def read_json(path: Path) -> dict:

@@ -104,7 +104,7 @@ def test_a_wrong_config_file_is_one_sentence(tmp_path, content, words):
         (["--num_heads", "7"], ["--num_heads 7", "--hidden_size 768", "6 or 8"]),
         (["--num_kv_heads", "5"], ["--num_kv_heads 5", "--num_heads 12"]),
         (["--batch_size", "0"], ["--batch_size", "positive"]),
-        (["--hidden_size", "12"], ["odd width"]),
+        (["--hidden_size", "12", "--num_heads", "12"], ["odd width"]),
         (["--decay_fraction", "1.5"], ["--decay_fraction", "between 0 and 1"]),
         (["--data_weights", "1", "2"], ["--data_weights", "--data_dir"]),
         (["--num_epochs", "0"], ["--num_epochs", "positive"]),
@@ -216,3 +216,61 @@ def test_every_flag_has_help_and_the_script_says_so(root):
     ).stdout
     for spec in fields(TrainConfig):
         assert f"--{spec.name}" in text and spec.metadata["help"]
+
+
+def given(words: str) -> dict:
+    parser = ArgumentParser()
+    add_options(parser)
+    return vars(parser.parse_args(words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "heads"),
+    [
+        ("--hidden_size 256", 8), ("--hidden_size 768", 12), ("--hidden_size 1024", 16), ("--hidden_size 1536", 16),
+        ("--hidden_size 2048", 32), ("--hidden_size 512", 8), ("--hidden_size 4096", 64), ("--hidden_size 320", 5),
+        ("--hidden_size 256 --num_heads 4", 4), ("--preset xl", 32), ("--preset tiny --hidden_size 512", 8),
+        ("--preset tiny --num_heads 2", 2), ("", 12),
+    ],
+)  # fmt: skip
+def test_heads_follow_from_the_width_where_they_are_not_given(words, heads):
+    config, origins = resolve_config(given(f"--data_dir x {words}"))
+    assert config.num_heads == heads
+    assert (origins["num_heads"] == "--hidden_size") == (words.startswith("--hidden_size") and "num_heads" not in words)
+
+
+def test_a_resumed_run_keeps_its_heads_though_the_table_has_changed():
+    saved = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "data_dir": ["x"]}
+    assert resolve_config(given(""), saved)[0].num_heads == 4
+    assert resolve_config(given("--hidden_size 256"), saved)[0].num_heads == 4
+
+
+def test_a_width_without_usual_heads_asks_for_them():
+    with pytest.raises(UserError, match="--num_heads"):
+        resolve_config(given("--data_dir x --hidden_size 100"))
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_the_presets_are_the_documented_table(size):
+    table = {
+        "tiny": (256, 6, 8),
+        "small": (768, 12, 12),
+        "medium": (1024, 24, 16),
+        "large": (1536, 24, 16),
+        "xl": (2048, 32, 32),
+    }
+    config, _ = resolve_config(given(f"--data_dir x --preset {size}"))
+    assert (config.hidden_size, config.num_layers, config.num_heads) == table[size]
+
+
+@pytest.mark.parametrize(
+    ("words", "precision"),
+    [
+        ("--mixed_precision", "auto"),
+        ("--mixed_precision --seed 1", "auto"),
+        ("--mixed_precision bf16", "bf16"),
+        ("", "auto"),
+    ],
+)
+def test_mixed_precision_alone_means_auto(words, precision):
+    assert resolve_config(given(f"--data_dir x {words}"))[0].mixed_precision == precision
