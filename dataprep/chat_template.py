@@ -6,12 +6,12 @@ becomes token ids is in chat_tokens.py.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dataprep.examples import Message
 from errors import UserError
+from limits import CallTimeout, call_within, memory_within
 
 # What a tool sees and how it is called are spelled as Hermes models have it, JSON between tags.
 CHATML = """\
@@ -58,6 +59,10 @@ LLAMA3 = """\
 """
 SHIPPED = {"chatml": CHATML, "llama3": LLAMA3}
 
+T = TypeVar("T")
+
+# of one rendering: a dialogue of a million tokens takes a tenth of each
+_MAX_SECONDS, _MAX_MEMORY, _MAX_CHARACTERS = 5.0, 1 << 30, 64 << 20
 _ROLE_TOKENS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which a message may hold its reasoning
 BEGIN, END = "\ufdd0", "\ufdd1"  # around a marked answer; noncharacters, which no text should hold
@@ -65,6 +70,10 @@ BEGIN, END = "\ufdd0", "\ufdd1"  # around a marked answer; noncharacters, which 
 
 class RefusedMessagesError(UserError):
     """The template itself does not take these messages, as when it wants turns to alternate."""
+
+
+class EndlessTemplateError(UserError):
+    """The template takes more time or memory, or writes more, than any dialogue could need."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +132,20 @@ class ChatTemplate:
     def render_marked(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
         """The text, with U+FDD0 and U+FDD1 around each answer that the template marks."""
         source = self.tool_source if tools and self.tool_source else self.source
-        compiled = _compile(source, self.name)
+        variables = {
+            "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt,
+            "strftime_now": (self.now or datetime.now()).strftime, **self.special_tokens,
+        }  # fmt: skip
         try:
-            return compiled.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt,
-                strftime_now=(self.now or datetime.now()).strftime, **self.special_tokens,
-            )  # fmt: skip
+            text = _within_limits(self.name, lambda: _compile(source, self.name).render(variables))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # it is a program
             raise RefusedMessagesError(f"the chat template {self.name} refuses the messages: {error}") from None
+        if len(text) > _MAX_CHARACTERS:
+            raise EndlessTemplateError(
+                f"the chat template {self.name} wrote {len(text):,} characters for {len(messages)} messages; give another with "
+                "--chat_template"
+            )
+        return text
 
 
 def load_chat_template(
@@ -167,11 +182,36 @@ def load_chat_template(
         name, source = "chatml", CHATML
     for text in (source, tool_source):
         if text is not None:
-            _compile(text, name)
+            _within_limits(name, lambda text=text: _compile(text, name))
     return ChatTemplate(name, source, tool_source, tokens, now)
 
 
 # ---- Jinja as transformers has it ------------------------------------------------------------------------------------
+
+
+def _within_limits(name: str, function: Callable[[], T]) -> T:
+    """function(), compiling too, for Jinja computes constants there. EndlessTemplateError where it takes too much."""
+    try:
+        with memory_within(_MAX_MEMORY):
+            return call_within(_MAX_SECONDS, function)
+    except CallTimeout:
+        why = f"was not done after {_MAX_SECONDS:g} s"
+    except RecursionError:
+        why = "calls itself without end"
+    except (MemoryError, OverflowError):
+        why = f"needs more than {_MAX_MEMORY >> 20} MiB of memory"
+    raise EndlessTemplateError(f"the chat template {name} {why}; give another with --chat_template")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Powers are small: a large one is a single step of the interpreter, which nothing stops."""
+
+    intercepted_binops = frozenset(["**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if not (abs(left) <= 1 << 64 and abs(right) <= 64):
+            raise jinja2.TemplateError(f"{left} ** {right} is too large a power")
+        return left**right
 
 
 class _Generation(Extension):
@@ -190,9 +230,7 @@ class _Generation(Extension):
 
 @lru_cache(maxsize=16)
 def _compile(source: str, name: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     try:

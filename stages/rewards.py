@@ -17,14 +17,12 @@ target and label.
 """
 
 import asyncio
-import ctypes
 import importlib
 import inspect
 import math
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from torch import Tensor
 
 from arguments import did_you_mean
 from errors import UserError
+from limits import CallTimeout, call_within
 from model import Transformer
 from stages.answers import as_number, final_answer, last_number
 from training.batches import MicroBatch
@@ -319,51 +318,6 @@ def _as_float(name: str, value: object, prompt: str) -> float:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:60] + " … " + text[-15:])
-
-
-class CallTimeout(Exception):
-    """A call took longer than it may."""
-
-
-class _TimeUp(BaseException):
-    """What is raised in the call; not an Exception, so that a function's `except Exception` does not take it."""
-
-
-def call_within(seconds: float, function: Callable[[], object]) -> object:
-    """function(), or CallTimeout when it took longer than `seconds` of wall-clock time.
-
-    It runs in the calling thread, whichever that is, so what it may do in the main thread it still may. A watching thread
-    makes CPython raise an exception in it at the next bytecode, again every second until it ends: that stops Python code,
-    while one call into C (a sleep, a read from the network) is only stopped when it comes back.
-    """
-    caller = ctypes.c_ulong(threading.get_ident())
-    lock, over, interrupted = threading.Lock(), threading.Event(), threading.Event()
-    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-
-    def watch() -> None:
-        pause = seconds
-        while not over.wait(pause):
-            with lock:
-                if not over.is_set():
-                    interrupted.set()
-                    raise_in(caller, ctypes.py_object(_TimeUp))
-            pause = 1.0
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        try:
-            result = function()
-        finally:
-            with lock:  # from here on nothing more is raised, and what is pending is forgotten
-                over.set()
-                if interrupted.is_set():
-                    raise_in(caller, None)
-    except _TimeUp:
-        over.set()
-    if interrupted.is_set():
-        raise_in(caller, None)
-        raise CallTimeout
-    return result
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

@@ -10,7 +10,8 @@ import pytest
 
 # A file imports only from its own layer or below. Tools do not import each other's commands, nor stages each other.
 LAYERS = {
-    "errors": 0, "arguments": 0, "paths": 0, "kernels": 1, "model": 2, "training": 3, "dataprep": 3, "stages": 4, "tools": 4,
+    "errors": 0, "arguments": 0, "paths": 0, "limits": 0, "kernels": 1, "model": 2, "training": 3, "dataprep": 3,
+    "stages": 4, "tools": 4,
     "data_prep_tool": 5, "train": 5, "utils": 5,
 }  # fmt: skip
 PROJECT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def test_dependencies_point_down_only(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_every_file_says_which_question_it_answers(path):
-    if path.name == "__init__.py":
+    if path.name == "__init__.py" and path.parent.name != "kernels":  # which shares its name with another package
         assert not (PROJECT / path).read_text(), f"{path} is there only to make a package"
         return
     docstring = ast.get_docstring(ast.parse((PROJECT / path).read_text(encoding="utf-8")))

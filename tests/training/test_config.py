@@ -10,7 +10,7 @@ import pytest
 
 from arguments import ArgumentParser
 from errors import UserError
-from training.config import TrainConfig, add_options, read_config_content, read_config_file, resolve_config
+from training.config import PRESETS, TrainConfig, add_options, read_config_content, read_config_file, resolve_config
 
 
 def parse(*words: str) -> dict:

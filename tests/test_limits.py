@@ -1,0 +1,58 @@
+"""Does a chat template that never ends, or fills the memory, end in a sentence within seconds? Each in a process of its own."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dataprep.chat_template import ChatTemplate, EndlessTemplateError
+from dataprep.examples import Message
+
+TALK = [Message("user", "Hi"), Message("assistant", "Hello")]
+ENDLESS = {
+    "loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "output": "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'much text' }}{% endfor %}{% endfor %}",
+    "doubling": "{% set n = namespace(s='x') %}{% for a in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "adding": "{% set n = namespace(s='x') %}{% for a in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
+    "times": "{{ 'x' * 10**11 }}", "list": "{{ [1] * 10**11 }}", "format": "{{ '%99999999999d' % 1 }}",
+    "filter": "{{ 'x'|center(10**11) }}", "method": "{{ 'x'.ljust(10**11) }}", "power": "{{ 9**(9**9) }}",
+    "macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "long": "{{ 'x' * (1 << 28) }}",
+}  # fmt: skip
+PROGRAM = """
+import sys
+from dataprep.chat_template import ChatTemplate
+from dataprep.examples import Message
+from errors import run_script
+run_script(lambda: ChatTemplate("own.jinja", sys.argv[1]).render([Message("user", "Hi")]) and 0)
+"""
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_it_ends_in_a_sentence_that_names_the_template(name, root):
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, ENDLESS[name]],
+        cwd=root, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr[-500:]
+    assert "own.jinja" in done.stderr and time.monotonic() - start < 30
+
+
+def test_it_works_in_a_thread_and_leaves_the_process_as_it_was():
+    import resource
+
+    before, found = resource.getrlimit(resource.RLIMIT_AS), []
+
+    def render() -> None:
+        try:
+            ChatTemplate("own.jinja", ENDLESS["times"]).render(TALK)
+        except EndlessTemplateError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=render)
+    thread.start()
+    thread.join(30)
+    assert found and resource.getrlimit(resource.RLIMIT_AS) == before
+    assert "Hello" in ChatTemplate("chatml", "{{ messages[1].content }}").render(TALK)
