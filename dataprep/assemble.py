@@ -17,6 +17,8 @@ import numpy as np
 
 from dataprep.holdout import LARGEST_SHARE, lowest_hash
 from dataprep.shards import (
+    BYTES_DTYPE,
+    BYTES_EXTENSION,
     DATASET_FOLDER,
     EXTENSIONS,
     METADATA_FILE,
@@ -30,7 +32,7 @@ from dataprep.shards import (
 from dataprep.tasks import LENGTH_DTYPE, TaskResult, part_stem, sync_folder, write_atomic
 
 SHARDS_FOLDER = "shards"
-_SHARD_FILE = re.compile(r"(train|val)_\d{5}\.(bin|idx|src)")
+_SHARD_FILE = re.compile(r"(train|val)_\d{5}\.(bin|idx|src|bytes)")
 _BLOCK = 8 << 20
 
 
@@ -141,11 +143,13 @@ def _write_shard(state: Path, name: str, segments: list[Segment], dtype: str) ->
     size = np.dtype(dtype).itemsize
     lengths = np.concatenate([_lengths(segment.stem)[segment.first : segment.last] for segment in segments])
     files = {}
-    for suffix in EXTENSIONS:
+    for suffix in (*EXTENSIONS, BYTES_EXTENSION):
         with open(folder / (name + suffix), "wb") as file:
             target = _Checksummed(file)
             if suffix == ".idx":
                 write_index(target, lengths["tokens"], dtype)
+            elif suffix == BYTES_EXTENSION:
+                target.write(lengths["bytes"].astype(BYTES_DTYPE).tobytes())
             for segment in segments:
                 if suffix == ".bin":
                     _copy(segment.stem + suffix, segment.token_first * size, segment.token_last * size, target)

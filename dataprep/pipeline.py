@@ -25,6 +25,7 @@ from dataprep.encoding import Engine, choose_engine, split_pieces
 from dataprep.progress import Progress, duration, megabytes
 from dataprep.readers import Discovery, Skipped, discover, looks_like_text
 from dataprep.shards import (
+    BYTES_EXTENSION,
     METADATA_FILE,
     SPLITS,
     Metadata,
@@ -474,7 +475,11 @@ def _metadata(
     found: Discovery,
     results: list[TaskResult],
 ) -> Metadata:
-    files = [shard.files for split in splits.values() for shard in split.shards]
+    # what follows from the text and is not trained on does not make another dataset of it
+    shards = [shard for split in splits.values() for shard in split.shards]
+    files = [
+        {name: info for name, info in shard.files.items() if not name.endswith(BYTES_EXTENSION)} for shard in shards
+    ]
     content = [tokenizer.sha256, dtype, [{name: asdict(info) for name, info in one.items()} for one in files]]
     digests = _file_digests(plan, [result.digests for result in results])
     return Metadata(

@@ -6,6 +6,7 @@ A data folder (train.py's `--data_dir`) holds
     dataset/{train,val}_00000.bin                token ids, little-endian uint16 (vocabulary up to 65,536) or int32
     dataset/{train,val}_00000.idx                Megatron-LM's MMIDIDX version 1: where each document is
     dataset/{train,val}_00000.src                one SOURCE_DTYPE record a document: where it came from
+    dataset/{train,val}_00000.bytes              one int64 a document, of text: its UTF-8 bytes (since format version 2)
     metadata.json                                the manifest, written last: a folder without it is not a dataset
 
 A document never crosses a shard, and its last token is the end-of-text token. The shards of a split, in order, are one
@@ -29,11 +30,12 @@ from errors import UserError
 from paths import inside
 
 FORMAT = "groundup-dataset"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_FILE = "metadata.json"
 DATASET_FOLDER = "dataset"
 SPLITS = ("train", "val")
 EXTENSIONS = (".bin", ".idx", ".src")
+BYTES_EXTENSION, BYTES_DTYPE = ".bytes", np.dtype("<i8")
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents
@@ -157,7 +159,8 @@ def _parse_split(raw: dict[str, Any]) -> SplitInfo:
     for shard in raw["shards"]:
         name = shard["name"]
         # names are checked so that a manifest from elsewhere cannot point outside its folder
-        if not _SHARD_NAME.fullmatch(name) or set(shard["files"]) != {name + suffix for suffix in EXTENSIONS}:
+        files = set(shard["files"]) - {name + BYTES_EXTENSION}
+        if not _SHARD_NAME.fullmatch(name) or files != {name + suffix for suffix in EXTENSIONS}:
             raise ValueError(name)
         files = {file: FileInfo(**info) for file, info in shard["files"].items()}
         shards.append(ShardInfo(**{**shard, "files": files}))
@@ -187,6 +190,8 @@ class TokenSplit:
         self._document_starts = _starts(len(shard.lengths) for shard in self._shards)
         self.num_tokens: int = self._token_starts[-1]
         self.num_documents: int = self._document_starts[-1]
+        self.num_bytes: int = metadata.splits[split].bytes  # UTF-8, of the text
+        self.has_document_bytes = all(shard.num_bytes is not None for shard in self._shards)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """(count,) int64: the tokens [start, start + count) of the split, over as many shards as it takes.
@@ -229,6 +234,14 @@ class TokenSplit:
         local = bisect_right(shard.pointers, (position - base) * size) - 1
         return self._origin(index, local)
 
+    def document_extent(self, position: int) -> tuple[int, int, int]:
+        """(start, stop, UTF-8 bytes of the text) of the document that holds token `position`; of a split with these bytes."""
+        index = bisect_right(self._token_starts, position) - 1
+        shard, base = self._shards[index], self._token_starts[index]
+        local = bisect_right(shard.pointers, (position - base) * shard.tokens.itemsize) - 1
+        start = base + int(shard.pointers[local]) // shard.tokens.itemsize
+        return start, start + int(shard.lengths[local]), int(shard.num_bytes[local])
+
     def document(self, number: int) -> DocumentOrigin:
         """Document `number` of the split, from 0. IndexError outside the split."""
         if not 0 <= number < self.num_documents:
@@ -259,6 +272,7 @@ class _Shard:
     pointers: np.ndarray  # (documents,) int64, byte offset of each document in the .bin
     boundaries: np.ndarray  # (documents + 1,) int64, Megatron's document index: here every sequence is a document
     sources: np.ndarray  # (documents,) SOURCE_DTYPE
+    num_bytes: np.ndarray | None  # (documents,) int64, UTF-8; None in a folder of version 1 and of examples
 
 
 def _starts(sizes: Iterator[int]) -> list[int]:
@@ -293,6 +307,7 @@ def _map_shard(stem: Path, shard: ShardInfo, dtype: str) -> _Shard:
     size = _HEADER.size + documents * 12 + (documents + 1) * 8
     if len(header) != _HEADER.size or _HEADER.unpack(header) != expected or index.stat().st_size != size:
         raise UserError(f"{index} does not match {METADATA_FILE}; prepare the data again with data_prep_tool.py")
+    num_bytes = stem.with_suffix(BYTES_EXTENSION)
     lengths_at, pointers_at = _HEADER.size, _HEADER.size + 4 * documents
     return _Shard(
         tokens=np.memmap(stem.with_suffix(".bin"), dtype=f"<{'u2' if dtype == 'uint16' else 'i4'}", mode="r"),
@@ -300,6 +315,7 @@ def _map_shard(stem: Path, shard: ShardInfo, dtype: str) -> _Shard:
         pointers=np.memmap(index, dtype="<i8", mode="r", offset=pointers_at, shape=(documents,)),
         boundaries=np.memmap(index, dtype="<i8", mode="r", offset=pointers_at + 8 * documents, shape=(documents + 1,)),
         sources=np.memmap(stem.with_suffix(".src"), dtype=SOURCE_DTYPE, mode="r"),
+        num_bytes=np.memmap(num_bytes, dtype=BYTES_DTYPE, mode="r") if num_bytes.name in shard.files else None,
     )
 
 
@@ -383,6 +399,13 @@ def _verify_shard(folder: Path, shard: ShardInfo, metadata: Metadata) -> list[st
         or len(opened.tokens) != shard.tokens
     ):
         return [f"{stem}.idx does not match {shard.name}.bin"]
+    if opened.num_bytes is not None:
+        if (
+            len(opened.num_bytes) != shard.documents
+            or opened.num_bytes.sum() != shard.bytes
+            or opened.num_bytes.min() < 0
+        ):
+            problems.append(f"{stem}{BYTES_EXTENSION} does not add up to the bytes of text in {METADATA_FILE}")
     # an answer may end in a token of the chat template's own, and one that was cut off ends anywhere
     text = "further_files" not in metadata.options
     if text and np.any(opened.tokens[ends - 1] != metadata.tokenizer.eos_token_id):

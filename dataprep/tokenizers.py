@@ -7,6 +7,7 @@ is encoded as the characters that it is, otherwise any document could forge the 
 
 import hashlib
 import json
+import re
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ TOKENIZER_FILES: tuple[str, ...] = (
     "chat_template.jinja",
 )
 DEFAULT_EOS = "<|endoftext|>"
+METASPACE = "\u2581"  # SentencePiece's mark of a space
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # byte fallback's
 _KIND_KEY = "groundup_tokenizer_type"  # in tokenizer_config.json; transformers keeps keys that it does not know
 
 
@@ -115,26 +118,47 @@ class Tokenizer:
         return self._hf.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token_byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) int32: the UTF-8 bytes that each id stands for; 0 for special tokens and unused ids.
+        """(vocab_size,) int32: the UTF-8 bytes that each id spells; 0 for special tokens and unused ids.
 
-        Exact for byte-level tokenizers. A WordPiece id counts its piece without `##`, and not the space before a word,
-        so bits per byte of a WordPiece model are an upper bound.
+        For byte-level tokenizers without a normaliser that is what was encoded; for others it is what to share a document's
+        bytes out by (dataprep/token_bytes.py). "▁" is the space that it stands for, "<0xE3>" one byte. A WordPiece id counts
+        its piece without `##`, and not the space before a word.
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
-        byte_level = self.byte_level
+        in_byte_alphabet = uses_byte_alphabet(self.definition)
         # entries of the vocabulary that are spelled in UTF-8, not in the byte alphabet
         literal = {token["id"] for token in self.definition["added_tokens"]}
         prefix = self.definition["model"].get("continuing_subword_prefix") or ""
+        spaced = uses_metaspace(self.definition)
         for token, index in self._vocabulary.items():
             if index in self._special_ids:
                 continue
-            if byte_level and index not in literal:
-                lengths[index] = len(token)  # one character of the alphabet is one byte
-            elif index in literal or not prefix:
+            if index in literal:
                 lengths[index] = len(token.encode())
+            elif in_byte_alphabet:
+                lengths[index] = len(token)  # one character of the alphabet is one byte
+            elif _BYTE_TOKEN.fullmatch(token):
+                lengths[index] = 1
             else:
-                lengths[index] = len(token.removeprefix(prefix).encode())
+                text = token.replace(METASPACE, " ") if spaced else token.removeprefix(prefix)
+                lengths[index] = len(text.encode())
         return lengths
+
+
+def uses_byte_alphabet(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json spells its vocabulary in byte-level BPE's characters, one a byte."""
+    return any(step["type"] == "ByteLevel" for step in _all_steps(definition))
+
+
+def uses_metaspace(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json writes a space as "▁", as SentencePiece's models do."""
+    steps = _all_steps(definition)
+    return any(step["type"] == "Metaspace" or METASPACE in json.dumps(step, ensure_ascii=False) for step in steps)
+
+
+def _all_steps(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    parts = (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders"))
+    return [step for part, inner in parts for step in _steps(definition, part, inner)]
 
 
 def is_byte_level(definition: dict[str, Any]) -> bool:
@@ -150,10 +174,14 @@ def is_byte_level(definition: dict[str, Any]) -> bool:
 
 def pre_tokenizer_steps(definition: dict[str, Any]) -> list[dict[str, Any]]:
     """The pre-tokenizer of a tokenizer.json as a flat list of its steps."""
-    step = definition.get("pre_tokenizer")
+    return _steps(definition, "pre_tokenizer", "pretokenizers")
+
+
+def _steps(definition: dict[str, Any], part: str, inner: str) -> list[dict[str, Any]]:
+    step = definition.get(part)
     if step is None:
         return []
-    return step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    return step[inner] if step["type"] == "Sequence" else [step]
 
 
 def without_special_tokens(definition: dict[str, Any], also: set[str] = frozenset()) -> dict[str, Any]:

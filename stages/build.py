@@ -24,6 +24,7 @@ from dataprep.encoding_examples import encode_example, show_example
 from dataprep.example_shards import FORMATS, ExampleShards, template_digest
 from dataprep.examples import Example, ExampleSet, read_examples
 from dataprep.shards import Metadata, load_metadata, open_split
+from dataprep.token_bytes import TokenBytes
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
 from model import Transformer, read_json
@@ -104,7 +105,7 @@ def build_stage(
     """The objective of config.stage over `data`. model: the finished one, for stages that compute with it beforehand."""
     if config.stage == "pretrain":
         return Pretrain(
-            data=data.train, validation=data.held_out, token_bytes=data.tokenizer.token_byte_lengths(), ranks=ranks,
+            data=data.train, validation=data.held_out, token_bytes=TokenBytes(data.held_out.split, data.tokenizer), ranks=ranks,
             precision=precision, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
             eval_tokens=config.eval_tokens, z_loss=config.z_loss,
         )  # fmt: skip
@@ -148,6 +149,11 @@ def _open_shards(config: TrainConfig, base: Path | None, context: int | None, sa
     held_out = Windows(open_split(config.data_dir[0], "val"), max_length, 0, config.document_mask)
     num_samples = sum(map(len, train.sources))
     report = []
+    if not TokenBytes(held_out.split, tokenizer).exact:
+        report.append(
+            f"bits per byte: {config.data_dir[0]} does not keep each document's bytes (prepared by an older version), so those "
+            "of the whole split are shared out among its tokens"
+        )
     if context and max_length > context:
         if config.lora:
             raise UserError(

@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataprep.token_bytes import TokenBytes
 from kernels.linear_cross_entropy import linear_cross_entropy
-from training.batches import IGNORE_INDEX, MicroBatch, TrainingData, Windows, evaluation_micro_batches
+from training.batches import BYTES, IGNORE_INDEX, MicroBatch, TrainingData, Windows, evaluation_micro_batches
 from training.metrics import mean
 from training.parallel import Ranks, unwrap
 from training.precision import Precision
@@ -23,12 +23,12 @@ from training.precision import Precision
 class Pretrain:
     """Next-token prediction on the windows of `data`; `validation` is read in order at each evaluation.
 
-    token_bytes: (vocabulary,) int32, the UTF-8 bytes each token stands for (0 for special tokens).
+    token_bytes: what each token of its split stands for.
     """
 
     data: TrainingData
     validation: Windows
-    token_bytes: np.ndarray
+    token_bytes: TokenBytes
     ranks: Ranks
     precision: Precision
     batch_size: int
@@ -82,11 +82,10 @@ class Pretrain:
         weight = num_bytes = 0
         ranks = self.ranks
         for batch in evaluation_micro_batches(
-            self.validation, self.micro_batch_size, max_tokens, ranks.rank, ranks.world_size
+            self.validation, self.micro_batch_size, max_tokens, ranks.rank, ranks.world_size, self.token_bytes
         ):
-            targets = batch.targets.numpy()
             weight += batch.weight
-            num_bytes += int(self.token_bytes[targets[targets != IGNORE_INDEX]].sum())
+            num_bytes += batch.token_columns[BYTES][batch.targets != IGNORE_INDEX].double().sum().item()
             with self.precision.autocast(device):
                 _, metrics = self.loss(inner, batch.to(device))
             loss += metrics["loss"][0].double().cpu()

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from dataprep.shards import TokenSplit
+from dataprep.token_bytes import TokenBytes
 from errors import UserError
 from training.sampler import SAMPLER_VERSION, locate
 
+BYTES = "bytes"  # the token column of an evaluation
 IGNORE_INDEX = -100  # the target that is not learned; the field's usual value
 _CU_SEQLENS_MULTIPLE = (
     64  # cu_seqlens is padded with its last entry, so that few lengths occur and compile seldom again
@@ -155,11 +157,13 @@ def open_training_data(
 
 
 def evaluation_micro_batches(
-    windows: Windows, micro_batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
-) -> Iterator[MicroBatch]:
+    windows: Windows, micro_batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1,
+    token_bytes: TokenBytes | None = None,
+) -> Iterator[MicroBatch]:  # fmt: skip
     """This rank's part of a split, in order and without overlap: every target once, the last row padded.
 
     At most `max_tokens` targets (rounded up to whole rows) from the start of the split; 0 takes the whole split.
+    token_bytes: of the split; what each target stands for comes with it then, as the token column BYTES.
     """
     length = windows.max_length
     num_targets = windows.split.num_tokens - 1
@@ -168,11 +172,14 @@ def evaluation_micro_batches(
         num_rows = min(num_rows, -(-max_tokens // length))
     begin, end = (num_rows * r // world_size for r in (rank, rank + 1))
     for first in range(begin, end, micro_batch_size):
-        rows = []
-        for index in range(first, min(end, first + micro_batch_size)):
-            tokens, starts = windows.tokens(index * length, min(length + 1, windows.split.num_tokens - index * length))
-            rows.append((tokens, starts))
-        yield make_micro_batch(rows, length)
+        rows, columns = [], np.zeros((min(end, first + micro_batch_size) - first, length), dtype=np.float32)
+        for row, index in enumerate(range(first, min(end, first + micro_batch_size))):
+            size = min(length + 1, windows.split.num_tokens - index * length)
+            rows.append(windows.tokens(index * length, size))
+            if token_bytes:
+                columns[row, : size - 1] = token_bytes.of(index * length + 1, size - 1)
+        batch = make_micro_batch(rows, length)
+        yield replace(batch, token_columns={BYTES: torch.from_numpy(columns)}) if token_bytes else batch
 
 
 def make_micro_batch(rows: list[tuple[np.ndarray, np.ndarray]], length: int | None = None) -> MicroBatch:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dataprep.shards import open_split
+from dataprep.token_bytes import TokenBytes
 from dataprep.tokenizers import load_tokenizer
 from model import ModelConfig, Transformer
 from stages.pretrain import Pretrain
@@ -23,7 +24,7 @@ def a_stage(tiny_data, ranks=None, eval_tokens=0) -> Pretrain:
     data = open_training_data([open_split(tiny_data, "train")], [], max_length=32, stride=0, document_mask=True, seed=0)
     return Pretrain(
         data=data, validation=Windows(open_split(tiny_data, "val"), 32, 0),
-        token_bytes=load_tokenizer(tiny_data).token_byte_lengths(), ranks=ranks or Ranks(0, 1, CPU),
+        token_bytes=TokenBytes(open_split(tiny_data, "val"), load_tokenizer(tiny_data)), ranks=ranks or Ranks(0, 1, CPU),
         precision=choose_precision("none", CPU), batch_size=8, micro_batch_size=8, eval_tokens=eval_tokens, z_loss=0.0,
     )  # fmt: skip
 
