@@ -399,13 +399,10 @@ def _verify_shard(folder: Path, shard: ShardInfo, metadata: Metadata) -> list[st
         or len(opened.tokens) != shard.tokens
     ):
         return [f"{stem}.idx does not match {shard.name}.bin"]
-    if opened.num_bytes is not None:
-        if (
-            len(opened.num_bytes) != shard.documents
-            or opened.num_bytes.sum() != shard.bytes
-            or opened.num_bytes.min() < 0
-        ):
-            problems.append(f"{stem}{BYTES_EXTENSION} does not add up to the bytes of text in {METADATA_FILE}")
+    if opened.num_bytes is not None and (
+        len(opened.num_bytes) != shard.documents or opened.num_bytes.sum() != shard.bytes or opened.num_bytes.min() < 0
+    ):
+        problems.append(f"{stem}{BYTES_EXTENSION} does not add up to the bytes of text in {METADATA_FILE}")
     # an answer may end in a token of the chat template's own, and one that was cut off ends anywhere
     text = "further_files" not in metadata.options
     if text and np.any(opened.tokens[ends - 1] != metadata.tokenizer.eos_token_id):

@@ -34,6 +34,7 @@ PATTERNS = {
 TIKTOKEN_PATTERNS = {"gpt2": "gpt2", "cl100k_base": "llama3", "o200k_base": "gpt4o"}
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
+_LONGEST_WORD = 256  # characters; see _cut
 _ALPHABET_LIMIT = 1000  # characters that WordPiece may learn, the usual figure of BERT tokenizers
 
 
@@ -45,7 +46,7 @@ def train_bpe(
     A pair must occur twice to be merged, so a small corpus gives fewer ids than `vocab_size`.
     """
     tokenizer = HFTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = _byte_level(pretokenizer)
+    tokenizer.pre_tokenizer = _byte_level(pretokenizer, cut=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -55,6 +56,7 @@ def train_bpe(
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.pre_tokenizer = _byte_level(pretokenizer)
     return _files(tokenizer, tokenizer_config(eos_token, "bpe", max_length, {}))
 
 
@@ -81,7 +83,7 @@ def train_wordpiece(
             f"--vocab_size {vocab_size} is too small: the characters of this corpus alone need {len(given)} ids"
         )
     learner = HFTokenizer(models.WordPiece(unk_token="[UNK]"))
-    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer
+    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizers.Sequence([pre_tokenizer, _cut()])
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -168,9 +170,19 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-def _byte_level(pretokenizer: str) -> pre_tokenizers.PreTokenizer:
+def _byte_level(pretokenizer: str, cut: bool = False) -> pre_tokenizers.PreTokenizer:
     split = pre_tokenizers.Split(Regex(PATTERNS[pretokenizer]), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, *([_cut()] if cut else []), to_bytes])
+
+
+def _cut() -> pre_tokenizers.PreTokenizer:
+    """Cuts longer words, for training alone, whose work in a word grows with the square of its length (tokenizers#1395).
+
+    Text without breaks, as Chinese and protein sequences are, would train for minutes. No word of ordinary text is as long, and
+    a token of so many characters would be of no use; encoding sees words whole.
+    """
+    return pre_tokenizers.Split(Regex(rf"[\s\S]{{{_LONGEST_WORD}}}"), behavior="isolated")
 
 
 def _special(token: str) -> AddedToken:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
 
-from dataprep import encoding
+from dataprep import encoding, train_tokenizer
 from dataprep.encoding import NASTY, Encoder, choose_engine, split_pieces
 from dataprep.tokenizers import load_tokenizer
 from dataprep.train_tokenizer import PATTERNS, convert_tiktoken, train_bpe, train_wordpiece
@@ -211,3 +211,33 @@ def test_a_broken_tokenizer_is_one_sentence(tmp_path, content, sentence):
 def test_the_split_patterns_are_read_back_from_a_tokenizer(bpe_folder):
     definition = load_tokenizer(bpe_folder).definition
     assert encoding.split_pattern(definition) == PATTERNS[bpe_folder.name]
+
+
+@pytest.mark.parametrize("pretokenizer", sorted(PATTERNS))
+def test_text_without_breaks_trains_on_words_of_bounded_length_and_encodes_them_whole(pretokenizer):
+    """A word that occurs twice would otherwise become one token of its whole length, merge by merge (tokenizers#1395)."""
+    word = "".join(random.Random(1).choices("ACDEFGHIKLMNPQRSTVWY", k=5000))
+    files = train_bpe(
+        [word, f" {word}"], vocab_size=9000, pretokenizer=pretokenizer, eos_token="<|endoftext|>", max_length=64
+    )
+    definition = json.loads(files["tokenizer.json"])
+    assert max(len(token) for token in definition["model"]["vocab"]) <= 257
+    uncut = [step for step in definition["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split"]
+    assert len(uncut) == 1  # the tokenizer itself cuts no word
+    tokenizer = HFTokenizer.from_str(files["tokenizer.json"].decode())
+    assert tokenizer.decode(tokenizer.encode(word).ids) == word
+
+
+def test_words_up_to_the_bound_train_as_before():
+    """The same bytes as without the cut, on words of up to 256 characters."""
+    rng = random.Random(2)
+    words = ["".join(rng.choices("abcdef", k=rng.choice([3, 9, 60, 250, 255]))) for _ in range(60)]
+    text = [" ".join(rng.choices(words, k=40)) for _ in range(20)]
+    made = {}
+    for longest in (256, 10**6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_tokenizer, "_LONGEST_WORD", longest)
+            made[longest] = train_bpe(
+                text, vocab_size=800, pretokenizer="gpt2", eos_token="<|endoftext|>", max_length=64
+            )
+    assert made[256] == made[10**6]

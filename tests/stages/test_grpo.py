@@ -290,7 +290,7 @@ def test_micro_batches_and_ranks_only_divide(loss_type):
         model = a_model()
         stage = a_stage(
             model, ranks, loss_type=loss_type, kl_coefficient=0.1, reference=copy.deepcopy(model), mask_truncated=True,
-            schedule=RolloutSchedule(batch_size=1, minibatches=3, epochs=1, seed=3), micro_batch_size=micro_batch_size,
+            schedule=RolloutSchedule(batch_size=1, minibatches=3, epochs=1, seed=22), micro_batch_size=micro_batch_size,
         )  # fmt: skip
         wrapped = prepare_model(model, ranks, compile_model=False)
         steps = stage.batches(0)
