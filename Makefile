@@ -28,15 +28,18 @@ setup: $(VENV)/.installed
 	$(VENV)/bin/python utils.py setup
 
 $(VENV)/.installed: requirements.txt $(TORCH_REQUIREMENTS)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_REQUIREMENTS),$(PIP) --retries 1 --no-deps -r $(TORCH_REQUIREMENTS))
-	$(PIP) -r requirements.txt
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo "installing into $(VENV): $(if $(TORCH_REQUIREMENTS),torch for the CPU (0.2 GB to download),torch as pip chooses it (up to 3 GB to download)), then the rest (0.2 GB)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(if $(TORCH_REQUIREMENTS),$(PIP) --quiet --retries 1 --no-deps -r $(TORCH_REQUIREMENTS))
+	@$(PIP) -r requirements.txt
+	@$(VENV)/bin/python -c "from importlib.metadata import version; found = version('torch'); print('installed torch', found + ('' if '+cpu' in found or not '$(TORCH_REQUIREMENTS)' else ': the index of CPU builds gave none, so it is PyPI\047s, with CUDA'))"
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt $(DEV_REQUIREMENTS)
-	$(PIP) -r requirements-dev.txt $(addprefix -r ,$(DEV_REQUIREMENTS))
-	touch $@
+	@echo "installing what the tests need (0.6 GB to download)"
+	@$(PIP) -r requirements-dev.txt $(addprefix -r ,$(DEV_REQUIREMENTS))
+	@touch $@
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache
