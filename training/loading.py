@@ -80,11 +80,12 @@ def read_shape(folder: Path) -> ModelConfig:
 
 
 def build_model(
-    config: TrainConfig, shape: ModelConfig, base: Path | None, checkpoint: Path | None, *,
+    config: TrainConfig, shape: ModelConfig | None, base: Path | None, checkpoint: Path | None, *,
     kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision, rows: int,
 ) -> Transformer | ActorCritic:  # fmt: skip
     """The model of a run at its start, or as `checkpoint` holds it. base: the folder of --init_from, or None.
 
+    shape: None takes the base's.
     rows: tokens of a micro-batch. Weights that learn are fp32; frozen ones are in the dtype that the run computes in, or
     NF4 with --load_in_4bit. A --reward_model that is an adapter over the same base becomes one more adapter, "reward".
     """
@@ -97,7 +98,8 @@ def build_model(
         frozen = "nf4" if config.load_in_4bit else None
         dtype = precision.dtype if config.lora else torch.float32
         model = load_base(base, dtype=dtype, quantise=frozen, device=device)
-        model.config.max_position_embeddings = shape.max_position_embeddings  # longer rows than the base was trained on
+        if shape is not None:  # the run's rows may be longer than those that the base was trained on
+            model.config.max_position_embeddings = shape.max_position_embeddings
         model.kernels = kernels
     else:
         with torch.device("meta"):  # no memory is touched twice, however large the model

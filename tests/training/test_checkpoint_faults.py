@@ -522,7 +522,7 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path):
     index = json.loads((path / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.norm.weight"] = "../outside.safetensors"
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"unsafe file '\.\./outside"):
+    with pytest.raises(UserError, match=r"names the file '\.\./outside"):
         checkpoints.load_model(path, run[0])
 
 
