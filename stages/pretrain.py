@@ -4,19 +4,24 @@ A stage is what changes from pretraining to reinforcement learning, and nothing 
 methods. `loss` returns a sum, never a mean: the loop divides once, by the weight of all micro-batches and ranks.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from dataprep.token_bytes import TokenBytes
+from kernels.dropout import GOLDEN, mix64
 from kernels.linear_cross_entropy import linear_cross_entropy
+from training.adapters import set_token_keys
 from training.batches import BYTES, IGNORE_INDEX, MicroBatch, TrainingData, Windows, evaluation_micro_batches
+from training.examples_data import SAMPLE_KEY, without_dropout
 from training.metrics import mean
 from training.parallel import Ranks, unwrap
 from training.precision import Precision
+from training.sampler import hash_key
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,14 @@ class Pretrain:
 
     def batches(self, first_sample: int) -> Iterator[list[MicroBatch]]:
         """For each optimizer step from sample `first_sample` on, without end: this rank's micro-batches."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
         while True:
-            yield self.data.micro_batches(
-                first_sample, self.batch_size, self.micro_batch_size, self.ranks.rank, self.ranks.world_size
-            )
+            batches = self.data.micro_batches(first_sample, self.batch_size, self.micro_batch_size, rank, world_size)
+            samples = itertools.count(first_sample + self.batch_size * rank // world_size)
+            for index, batch in enumerate(batches):  # a key for each row, of its sample: it decides on dropout
+                keys = [hash_key(self.data.seed, next(samples)) >> 1 for _ in batch.input_ids]
+                batches[index] = replace(batch, columns={SAMPLE_KEY: torch.tensor(keys, dtype=torch.int64)})
+            yield batches
             first_sample += self.batch_size
 
     def epoch(self, first_sample: int) -> float:
@@ -50,6 +59,9 @@ class Pretrain:
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
         """(summed loss in nats to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight."""
+        if SAMPLE_KEY in batch.columns:
+            places = torch.arange(1, batch.input_ids.shape[1] + 1, device=batch.input_ids.device)
+            set_token_keys(unwrap(model), mix64(batch.columns[SAMPLE_KEY][:, None] + GOLDEN * places))
         hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
         sums = linear_cross_entropy(
             hidden.flatten(0, 1),  # (B·T, H)
@@ -71,9 +83,10 @@ class Pretrain:
         """
         if self.validation.split.num_tokens < 2:
             return {}
-        figures = self._evaluate(model, self.eval_tokens)
-        if everything and 0 < self.eval_tokens < self.validation.split.num_tokens - 1:
-            figures |= {f"{name}_all": value for name, value in self._evaluate(model, 0).items()}
+        with without_dropout(unwrap(model)):
+            figures = self._evaluate(model, self.eval_tokens)
+            if everything and 0 < self.eval_tokens < self.validation.split.num_tokens - 1:
+                figures |= {f"{name}_all": value for name, value in self._evaluate(model, 0).items()}
         return figures
 
     def _evaluate(self, model: nn.Module, max_tokens: int) -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from dataprep.tokenizers import load_tokenizer
 from model import ModelConfig, Transformer
 from stages.pretrain import Pretrain
 from tests.ranks import run_ranks
+from training.adapters import add_adapters
 from training.batches import IGNORE_INDEX, Windows, open_training_data
 from training.parallel import Ranks
 from training.precision import choose_precision
@@ -107,3 +110,38 @@ def test_batches_go_on_from_a_sample(tiny_data):
     second = [next(steps), next(steps)][1][0]
     again = next(stage.batches(8))[0]
     assert torch.equal(second.input_ids, again.input_ids) and (second.targets != IGNORE_INDEX).any()
+
+
+def dropped(rank: int, world_size: int, tiny_data, micro_batch_size: int = 8) -> tuple[np.ndarray, dict]:
+    """Gradient of a step of adapters under dropout, and the evaluation behind it; the generators of all ranks are equal."""
+    ranks, model = Ranks(rank, world_size, CPU), a_model(tiny_data)
+    add_adapters(model, rank=4, dropout=0.4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    stage = replace(a_stage(tiny_data, ranks), micro_batch_size=micro_batch_size)
+    torch.manual_seed(rank if world_size > 2 else 0)  # nothing is drawn from it
+    batches = next(stage.batches(16))
+    for batch in batches:
+        stage.loss(model, batch)[0].backward()
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    flat = ranks.sum(torch.cat(parts).double().tolist())
+    return np.array(flat), stage.evaluate(model, everything=True)
+
+
+def test_dropout_follows_the_rows_and_is_off_in_evaluation(tiny_data):
+    whole, figures = dropped(0, 1, tiny_data)
+    others = [dropped(0, 1, tiny_data, 3), *run_ranks(dropped, 2, tiny_data), *run_ranks(dropped, 3, tiny_data)]
+    for gradient, evaluated in others:
+        assert np.abs(gradient - whole).max() < 1e-5 * np.abs(whole).max()
+        assert evaluated["val_loss"] == pytest.approx(figures["val_loss"], rel=1e-6)
+    plain = a_model(tiny_data)
+    add_adapters(plain, rank=4)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    assert a_stage(tiny_data).evaluate(plain, everything=True)["val_loss"] == pytest.approx(
+        figures["val_loss"], rel=1e-6
+    )
