@@ -177,7 +177,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     table = {**dataclasses.asdict(kernels), "attention": described_attention}
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, table))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
-    stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size)
+    stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size, pins)
     if isinstance(stage, (GRPO, PPO)) and resumed_from:
         stage.load_state(saved["stage"])
     run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)

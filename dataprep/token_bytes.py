@@ -26,11 +26,7 @@ class TokenBytes:
         self._end = tokenizer.eos_token_id
         self._own = tokenizer.byte_level
         self.exact = self._own or split.has_document_bytes
-        self._known: tuple[int, int, np.ndarray] = (
-            0,
-            0,
-            np.empty(0, np.int64),
-        )  # the last document's (start, stop, bytes)
+        self._known = (0, 0, np.empty(0, np.int64))  # the last document's start, stop and bytes
 
     def of(self, start: int, count: int) -> np.ndarray:
         """(count,) float64: of the tokens [start, start + count) of the split."""

@@ -51,6 +51,7 @@ from training.rollouts import Prompt, RolloutSchedule, Sampling
 from training.sampler import SAMPLER_VERSION
 from training.save_folder import from_rank_0
 from training.scalar_head import RewardModel, padding_files
+from training.standing import Pins
 
 Stage = Pretrain | SFT | RewardStage | DPO | KTO | GRPO | PPO
 
@@ -100,9 +101,13 @@ def open_stage_data(
 
 
 def build_stage(
-    config: TrainConfig, data: StageData, model: nn.Module, ranks: Ranks, precision: Precision, micro_batch_size: int
-) -> Stage:
-    """The objective of config.stage over `data`. model: the finished one, for stages that compute with it beforehand."""
+    config: TrainConfig, data: StageData, model: nn.Module, ranks: Ranks, precision: Precision, micro_batch_size: int,
+    pins: Pins,
+) -> Stage:  # fmt: skip
+    """The objective of config.stage over `data`. model: the finished one, for stages that compute with it beforehand.
+
+    pins: the digests of the folders that the run stands on.
+    """
     if config.stage == "pretrain":
         return Pretrain(
             data=data.train, validation=data.held_out, token_bytes=TokenBytes(data.held_out.split, data.tokenizer), ranks=ranks,
@@ -119,7 +124,7 @@ def build_stage(
         return SFT(feed, neftune_alpha=config.neftune_alpha)
     if config.stage == "reward":
         return RewardStage(feed, centring=config.center_rewards)
-    return _preference_stage(config, data, feed, model)
+    return _preference_stage(config, feed, model, pins)
 
 
 # --------------------------------------------------------------------------------------------------------- pretraining
@@ -149,7 +154,7 @@ def _open_shards(config: TrainConfig, base: Path | None, context: int | None, sa
     held_out = Windows(open_split(config.data_dir[0], "val"), max_length, 0, config.document_mask)
     num_samples = sum(map(len, train.sources))
     report = []
-    if not TokenBytes(held_out.split, tokenizer).exact:
+    if not (tokenizer.byte_level or held_out.split.has_document_bytes):
         report.append(
             f"bits per byte: {config.data_dir[0]} does not keep each document's bytes (prepared by an older version), so those "
             "of the whole split are shared out among its tokens"
@@ -408,10 +413,10 @@ def _judge(
     return scores_of(RewardModel.from_pretrained(folder, seed=0, device=device, dtype=precision.dtype).eval())
 
 
-def _preference_stage(config: TrainConfig, data: StageData, feed: ExampleFeed, model: nn.Module) -> DPO | KTO:
+def _preference_stage(config: TrainConfig, feed: ExampleFeed, model: nn.Module, pins: Pins) -> DPO | KTO:
     """With the reference's log-probabilities beside the examples, where they are not those of a model without adapters."""
     if not config.lora and config.dpo_loss not in WITHOUT_REFERENCE:
-        feed = with_kept_reference(config, feed, model, base=data.tokenizer_folder)
+        feed = with_kept_reference(config, feed, model, base=pins["init_from"])
     if config.dpo_loss == "kto":
         weights = config.kto_desirable_weight, config.kto_undesirable_weight
         return KTO(feed, model, config.dpo_beta, *weights)

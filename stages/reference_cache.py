@@ -23,17 +23,18 @@ from stages.dpo import reference_logprobs, with_reference
 from training.config import TrainConfig
 from training.examples_data import ExampleData, ExampleFeed
 from training.save_folder import from_rank_0, list_checkpoints, temporary_path
-from training.standing import folder_digests
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
 NO_CACHE = "none"  # as --reference_cache: only the run's own file is kept
 
 
-def with_kept_reference(config: TrainConfig, feed: ExampleFeed, model: nn.Module, *, base: Path) -> ExampleFeed:
+def with_kept_reference(
+    config: TrainConfig, feed: ExampleFeed, model: nn.Module, *, base: dict[str, str]
+) -> ExampleFeed:  # fmt: skip
     """The feed, each sequence with its log-probability under the reference. model: the one that the run starts from.
 
-    base: the folder it came from. Every rank calls it. Raises UserError for a run whose own file is gone, or was made for
-    other examples.
+    base: the digests of the folder it came from (training/standing.py). Every rank calls it. Raises UserError for a run
+    whose own file is gone, or was made for other examples.
     """
     sets = {"train": feed.data} | ({"held_out": feed.validation} if feed.validation else {})
     keys = from_rank_0(lambda: {name: examples_digest(data) for name, data in sets.items()})
@@ -41,7 +42,7 @@ def with_kept_reference(config: TrainConfig, feed: ExampleFeed, model: nn.Module
     if list_checkpoints(config.save_dir):  # the model has learned since: only the file knows
         found = from_rank_0(lambda: _read_own(own, sets, keys))
     else:
-        shared = from_rank_0(lambda: _shared_file(config, base, keys, feed))
+        shared = _shared_file(config, base, keys, feed)
         found = from_rank_0(lambda: _read(shared, sets, keys)) if shared else None
         said = f"reference: log-probabilities taken from {shared}"
         if found is None:
@@ -72,13 +73,14 @@ def examples_digest(data: ExampleData) -> str:
     return digest.hexdigest()
 
 
-def _shared_file(config: TrainConfig, base: Path, keys: dict[str, str], feed: ExampleFeed) -> Path | None:
+def _shared_file(
+    config: TrainConfig, base: dict[str, str], keys: dict[str, str], feed: ExampleFeed
+) -> Path | None:  # fmt: skip
     """In --reference_cache, or beside the data; None for no such file. The name says what it was computed of and with."""
     if config.reference_cache == NO_CACHE:
         return None
-    model = folder_digests(base)
     made_of = {
-        "model": [model["weights"], model["config"]],
+        "model": [base["weights"], base["config"]],
         "examples": keys,
         "computed": [str(feed.precision.dtype), feed.ranks.device.type, config.kernels, config.attention],
     }

@@ -104,8 +104,8 @@ def judge(
     """(answers, rewards) float64: what each reward says of each rollout of the prompt beside it; NaN is None.
 
     Texts are without the stop token. timeout: seconds for one call. samples: takes what each reward returned for its first
-    answer, to be shown. UserError, naming the function and the sample, where
-    one raises, takes longer, or gives anything but a number or None for each answer.
+    answer, to be shown. UserError, naming the function and the sample, where one raises, takes longer, or gives anything but
+    a finite number or None for each answer.
     """
     scores = np.full((len(rollouts), len(rewards)), np.nan)
     if not rollouts:
@@ -186,13 +186,12 @@ def _std(values: np.ndarray) -> float:
     return float(known.std(ddof=1)) if known.size > 1 else math.nan
 
 
-def phase_metrics(columns: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
+def phase_metrics(columns: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """{figure of the phase: (sum, weight)} from columns that are the same for every answer; NaN weighs nothing.
 
     Weighed by answers and not by what is learned, so that a step of which nothing is learned has them too.
     """
-    known = {name: column[~column.isnan()] for name, column in columns.items()}
-    return {name: (column.sum(), float(len(column))) for name, column in known.items()}
+    return {name: (column.nansum(), (~column.isnan()).sum()) for name, column in columns.items()}
 
 
 @dataclass

@@ -233,8 +233,10 @@ def set_token_keys(model: nn.Module, keys: Tensor) -> None:
 
     They stay, so that an activation that is computed again in the backward pass gets the same mask.
     """
+    if not any(settings.dropout for settings in adapter_settings(model).values()):
+        return
     for module in model.modules():
-        if isinstance(module, LoraLinear) and any(module.dropouts.values()):
+        if isinstance(module, LoraLinear):
             module.token_keys = keys
 
 

@@ -183,7 +183,9 @@ def some_losses(config: TrainConfig, opened) -> list[float]:
     model = RewardModel(SHAPE) if config.stage == "reward" else Transformer(SHAPE)
     model.init_weights(0, zero_residual=False)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    stage = build_stage(config, opened, model, ranks, choose_precision("none", ranks.device), micro_batch_size=2)
+    precision = choose_precision("none", ranks.device)
+    pins = {"init_from": {"weights": "those of seed 0", "config": "SHAPE"}}
+    stage = build_stage(config, opened, model, ranks, precision, micro_batch_size=2, pins=pins)
     model.model["embed_tokens"].weight.data.mul_(1.5)  # away from the reference, or every pair would lose ln 2
     found, batches = [], stage.batches(0)
     for _ in range(5):

@@ -20,7 +20,7 @@ def loss_and_gradient(stage, model, micro_batches, ranks=ALONE) -> tuple[np.ndar
             loss, metrics = stage.loss(model, batch)
             (loss * (ranks.world_size / total_weight)).backward()
         for name, (value, weight) in metrics.items():
-            sums[name] = [sums[name][0] + value.item(), sums[name][1] + weight]
+            sums[name] = [sums[name][0] + value.item(), sums[name][1] + float(weight)]
     flat = ranks.sum([part for name in sorted(sums) for part in sums[name]])
     metrics = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(sorted(sums))}
     return gradient_of(model), metrics

@@ -15,6 +15,7 @@ from stages.reference_cache import REFERENCE_FILE, with_kept_reference
 from tests.stages.example_stages import a_feed, a_model, some_examples
 from training.config import TrainConfig
 from training.examples_data import pack_examples
+from training.standing import folder_digests
 
 GROUPS = some_examples(6, 2)
 
@@ -38,7 +39,7 @@ def references(config, base, model, groups=GROUPS) -> tuple[list[float], int]:
     """(the column of all sequences, how often the model was asked)."""
     calls = []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    feed = with_kept_reference(config, a_feed(groups), model, base=base)
+    feed = with_kept_reference(config, a_feed(groups), model, base=folder_digests(base))
     hook.remove()
     return [sequence.columns[REFERENCE] for group in feed.data.groups for sequence in group], len(calls)
 
