@@ -61,6 +61,13 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--tokenizer_dir", type=Path, help="folder with the tokenizer.json of an existing tokenizer")
     group.add_argument("--eos_token", help="token that ends a document (default: <|endoftext|>, or the existing one's)")
     group.add_argument(
+        "--special_tokens",
+        nargs="*",
+        metavar="TOKEN",
+        help="special tokens of a tokenizer trained here, beside the end of text and padding (default: those of chats, "
+        "reasoning and tool calls, and reserved ones to 32 in all: docs/data.md)",
+    )
+    group.add_argument(
         "--tokenizer_train_bytes",
         type=int,
         default=200_000_000,
@@ -136,6 +143,7 @@ def main() -> None:
     for name in ("format", *OF_EXAMPLES):
         del args[name]
     args["text_extensions"] = tuple(args["text_extensions"])
+    args["special_tokens"] = None if args["special_tokens"] is None else tuple(args["special_tokens"])
     progress = Progress()
     if args["vocab_size"] is None:
         del args["vocab_size"]

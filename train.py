@@ -139,7 +139,8 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
 
     # ------------------------------------------------------------------------------------------------------------- plan
     tokenizer = data.tokenizer
-    shape = base_shape or model_shape(config, tokenizer.vocab_size, data.max_length, tokenizer.eos_token_id)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    shape = base_shape or model_shape(config, tokenizer.vocab_size, data.max_length, *ends)
     plan = plan_run(
         config, shape, max_length=data.max_length, world_size=ranks.world_size,
         half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
@@ -378,7 +379,7 @@ class Run:
         files |= self.data.files
         result = checkpoints.save(
             self.config.save_dir, step, model=self.model, optimizers=self.optimizers, state=state, files=files,
-            keep_checkpoints=self.config.keep_checkpoints,
+            keep_checkpoints=self.config.keep_checkpoints, stop_ids=self.data.stop_ids,
             **checkpoint_parts(self.config, self.model, self.data.tokenizer_folder if self.config.lora else None),
         )  # fmt: skip
         if result.ok:

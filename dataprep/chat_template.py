@@ -35,7 +35,11 @@ CHATML = """\
 {%- endif %}
 {%- for message in messages %}
     {%- if not (tools and loop.first and message.role == "system") %}
-        {{- "<|im_start|>" + message.role + "\\n" + message.content }}
+        {{- "<|im_start|>" + message.role + "\\n" }}
+        {{- "<think>\\n" + message.reasoning_content + "\\n</think>\\n\\n" if message.reasoning_content else "" }}
+        {{- "<tool_response>\\n" if message.role == "tool" else "" }}
+        {{- message.content }}
+        {{- "\\n</tool_response>" if message.role == "tool" else "" }}
         {%- for call in message.tool_calls or [] %}
             {{- "\\n" if message.content or not loop.first else "" }}
             {{- '<tool_call>{"name": ' + (call.function.name | tojson) }}

@@ -13,10 +13,11 @@ marks say what is learned, and the token behind a mark that ends the turn is lea
 Special tokens that the template writes become special ids. Spelled in a message they stay text.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise, takewhile
 from typing import Any
@@ -27,12 +28,15 @@ from tokenizers import Tokenizer as HFTokenizer
 from dataprep.chat_template import BEGIN, END, ChatTemplate, RefusedMessagesError
 from dataprep.example_files import strings_in
 from dataprep.examples import Message
+from dataprep.special_tokens import written_marks
 from dataprep.tokenizers import Tokenizer, pre_tokenizer_steps, without_special_tokens
 from errors import UserError
 
 TRAIN_ON = ("assistant", "last", "all")
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SAMPLE = [Message("user", "Hi"), Message("assistant", "Hello")]
+_REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)
 _SPECIAL_LOOKING = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_turn>")
 
 
@@ -58,6 +62,8 @@ def encode_messages(
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on is {train_on!r}, not one of {', '.join(TRAIN_ON)}")
     encoder = _encoder(tokenizer, tuple(template.special_tokens.values()))
+    if "<think>" in encoder.ids and template.reads("reasoning_content"):
+        messages = [_with_reasoning_apart(message) for message in messages]
     dicts = template.variables(messages)
     tools = tools if template.reads("tools") else None
     (dicts, tools), hidden = encoder.hide([dicts, tools])
@@ -82,6 +88,14 @@ def encode_messages(
     return tokens, mask
 
 
+def _with_reasoning_apart(message: Message) -> Message:
+    """The reasoning that an answer begins with as the template is to see it: spelled in the content it would stay text."""
+    found = _REASONING.fullmatch(message.content) if message.role == "assistant" else None
+    if found is None or message.extra.get("reasoning_content") is not None:
+        return message
+    return replace(message, content=found[2], extra={**message.extra, "reasoning_content": found[1]})
+
+
 def end_of_turn_id(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
     """The id of the special token that the template writes behind an answer; None if it writes text or nothing."""
     encoder = _encoder(tokenizer, tuple(template.special_tokens.values()))
@@ -95,27 +109,34 @@ def stop_token_ids(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(() if turn is None else (turn,))})
 
 
-def describe_template(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
-    """Sentences for the user: which template it is, and what of it this tokenizer, or every tokenizer, cannot do."""
-    lines = [f"chat template: {template.name}"]
+def missing_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
+    """The special tokens and marks that the template writes, and the tokenizer does not have."""
     encoder = _encoder(tokenizer, tuple(template.special_tokens.values()))
     known = encoder.ids.keys() | {token["content"] for token in tokenizer.definition["added_tokens"]}
     written = _SPECIAL_LOOKING.findall(template.source)
-    sample = [Message("user", "Hi"), Message("assistant", "Hello")]
+    with contextlib.suppress(RefusedMessagesError):
+        written += _SPECIAL_LOOKING.findall(template.render(_SAMPLE[:1], add_generation_prompt=True))
+        written += _SPECIAL_LOOKING.findall(template.render(_SAMPLE))
+    return [token for token in dict.fromkeys([*written, *written_marks(template)]) if token not in known]
+
+
+def describe_template(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
+    """Sentences for the user: which template it is, and what of it this tokenizer, or every tokenizer, cannot do."""
+    lines = [f"chat template: {template.name}"]
     try:
-        prompt, whole = template.render(sample[:1], add_generation_prompt=True), template.render(sample)
+        prompt, whole = template.render(_SAMPLE[:1], add_generation_prompt=True), template.render(_SAMPLE)
     except RefusedMessagesError as error:
         lines.append(str(error))
     else:
-        written += _SPECIAL_LOOKING.findall(prompt + whole)
         if not whole.startswith(prompt):
             lines.append(
                 "the template does not ask for an answer as it writes one: what is learned is not what is asked"
             )
-    if missing := [token for token in dict.fromkeys(written) if token not in known]:
+    if missing := missing_tokens(tokenizer, template):
+        ends = "" if end_of_turn_id(tokenizer, template) is not None else f", and {tokenizer.eos_token} ends a dialogue"
         lines.append(
-            f"the tokenizer has no {', '.join(missing)}: the template's are encoded as plain text, and "
-            f"{tokenizer.eos_token} ends a dialogue"
+            f"the tokenizer has no {', '.join(missing)}: the template's are encoded as plain text{ends} "
+            "(--stage sft --add_chat_tokens makes tokens of them)"
         )
     if not template.reads("tools"):
         lines.append("the template does not write tools: where a dialogue has some, they are left out")
@@ -281,7 +302,10 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, tokens: tuple[str, ...]) -> None:
         added = {token["content"]: token for token in tokenizer.definition["added_tokens"]}
         vocabulary = tokenizer.definition["model"]["vocab"]
-        self.ids = {content: token["id"] for content, token in added.items() if token["special"] or content in tokens}
+        never_text = {*tokens, *tokenizer.special_tokens}
+        self.ids = {
+            content: token["id"] for content, token in added.items() if token["special"] or content in never_text
+        }
         self.ids[tokenizer.eos_token] = tokenizer.eos_token_id
         if isinstance(vocabulary, dict):
             self.ids |= {token: vocabulary[token] for token in tokens if token in vocabulary and token not in added}

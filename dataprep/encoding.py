@@ -144,7 +144,7 @@ def _obstacle(tokenizer: Tokenizer) -> str | None:
     if not is_byte_level(definition):
         return "not a byte-level BPE, so tiktoken cannot encode it"
     model = definition["model"]
-    if without_special_tokens(definition)["added_tokens"]:
+    if without_special_tokens(definition, tokenizer.special_tokens)["added_tokens"]:
         return "it has added tokens that are ordinary text, which tiktoken cannot express"
     if model["dropout"] or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "it has options that tiktoken cannot express"
@@ -187,7 +187,7 @@ def _tiktoken_encoding(tokenizer: Tokenizer):
 
 def _ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
     """Bytes to id for every id that text can become. KeyError or ValueError if they are not bytes and merges."""
-    model = without_special_tokens(tokenizer.definition, {tokenizer.eos_token})["model"]
+    model = without_special_tokens(tokenizer.definition, tokenizer.special_tokens)["model"]
     made = {"".join(split_merge(merge)) for merge in model["merges"]}
     if set(model["vocab"]) != made | set(bytes_to_characters().values()):
         raise ValueError("the vocabulary is not the byte alphabet and its merges")

@@ -57,11 +57,12 @@ from dataprep.tokenizers import (
     tokenizer_config,
     tokenizer_sha256,
 )
-from dataprep.train_tokenizer import MIN_BPE_VOCAB, convert_tiktoken, train_bpe, train_wordpiece
+from dataprep.train_tokenizer import convert_tiktoken, specials_of, train_bpe, train_wordpiece
 from dataprep.workers import Job, run_tasks
 from errors import UserError
 
-TOKENIZER_TYPES = ("bpe", "wordpiece", "tiktoken", "existing")
+TRAINED = ("bpe", "wordpiece")
+TOKENIZER_TYPES = (*TRAINED, "tiktoken", "existing")
 STATE_FOLDER = ".prep"
 _TOKENIZER_FOLDER = "tokenizer"
 _SAMPLE_BLOCK = 1 << 20
@@ -89,6 +90,7 @@ class Options:
     text_extensions: tuple[str, ...] = ()
     text_key: str = "text"
     eos_token: str | None = None
+    special_tokens: tuple[str, ...] | None = None
     tokenizer_train_bytes: int = 200_000_000
     shard_tokens: int = 256_000_000
     overwrite: bool = False
@@ -104,8 +106,9 @@ class Options:
             "existing": (),
         }[self.tokenizer_type]
         options = {name: getattr(self, name) for name in (*common, *trained)}
-        if self.tokenizer_type in ("bpe", "wordpiece"):
+        if self.tokenizer_type in TRAINED:
             options["eos_token"] = self.eos_token or DEFAULT_EOS
+            options["special_tokens"] = None if self.special_tokens is None else list(self.special_tokens)
         options["text_extensions"] = sorted(extension.lower() for extension in self.text_extensions)
         if self.tokenizer_type == "existing":
             options["tokenizer_sha256"] = tokenizer_sha256(self.tokenizer_dir)
@@ -126,9 +129,14 @@ def check_options(options: Options) -> None:
     for name in ("num_workers", "shard_tokens", "max_length"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-    if options.tokenizer_type == "bpe" and options.vocab_size < MIN_BPE_VOCAB:
+    if options.tokenizer_type in TRAINED:
+        specials_of(
+            options.tokenizer_type, options.vocab_size, options.eos_token or DEFAULT_EOS, options.special_tokens
+        )
+    elif options.special_tokens is not None:
         raise UserError(
-            f"--vocab_size {options.vocab_size} is too small: a byte-level BPE has at least {MIN_BPE_VOCAB}"
+            f"--special_tokens belongs to tokenizers that are trained here, and --tokenizer_type is {options.tokenizer_type}; "
+            "train.py --stage sft --add_chat_tokens gives a model's tokenizer those of its chat template"
         )
     if (options.tokenizer_type == "existing") != (options.tokenizer_dir is not None):
         raise UserError("--tokenizer_dir DIR and --tokenizer_type existing go together; give both or neither")
@@ -324,7 +332,7 @@ def _tokenizer(state: Path, plan: Plan, options: Options, progress: Progress) ->
         progress.say(f"tokenizer: done in {duration(time.monotonic() - started)}")
     tokenizer = load_tokenizer(folder)
     note = ""
-    if options.tokenizer_type in ("bpe", "wordpiece") and tokenizer.vocab_size < options.vocab_size:
+    if options.tokenizer_type in TRAINED and tokenizer.vocab_size < options.vocab_size:
         note = f" (the text has no more that occur twice; --vocab_size {options.vocab_size:,} needs more text)"
     progress.say(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} ids{note}")
     if tokenizer.kind == "wordpiece":
@@ -355,15 +363,12 @@ def _make_tokenizer(plan: Plan, options: Options, progress: Progress) -> dict[st
             seen += len(text.encode())
             progress.show("tokenizer", seen, total, started)
 
+    common = {
+        "vocab_size": options.vocab_size, "eos_token": eos_token, "max_length": max_length, "chosen": options.special_tokens,
+    }  # fmt: skip
     if kind == "wordpiece":
-        return train_wordpiece(documents, vocab_size=options.vocab_size, eos_token=eos_token, max_length=max_length)
-    return train_bpe(
-        documents(),
-        vocab_size=options.vocab_size,
-        pretokenizer=options.pretokenizer,
-        eos_token=eos_token,
-        max_length=max_length,
-    )
+        return train_wordpiece(documents, **common)
+    return train_bpe(documents(), pretokenizer=options.pretokenizer, **common)
 
 
 def _existing_tokenizer(options: Options) -> dict[str, bytes]:

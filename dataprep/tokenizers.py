@@ -8,6 +8,7 @@ is encoded as the characters that it is, otherwise any document could forge the 
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ TOKENIZER_FILES: tuple[str, ...] = (
 DEFAULT_EOS = "<|endoftext|>"
 METASPACE = "\u2581"  # SentencePiece's mark of a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # byte fallback's
-_KIND_KEY = "groundup_tokenizer_type"  # in tokenizer_config.json; transformers keeps keys that it does not know
+# in tokenizer_config.json, where transformers keeps keys that it does not know
+_KIND_KEY = "groundup_tokenizer_type"
+MARKS_KEY = "groundup_marks"  # added tokens that a decoder shows, and that text still never becomes
 
 
 def load_tokenizer(folder: str | Path, *, lazy: bool = False) -> "Tokenizer":
@@ -58,6 +61,8 @@ class Tokenizer:
 
     vocab_size:   number of ids, that is the largest id + 1 (tiktoken's encodings leave gaps)
     eos_token, eos_token_id: the token that ends every document
+    pad_token_id: of a token for padding alone, or None
+    special_tokens: those that no text becomes
     sha256:       of tokenizer.json
     kind:         "bpe", "wordpiece", "tiktoken", or the lower-case model type of a tokenizer from elsewhere
     definition:   tokenizer.json, parsed (not to be changed)
@@ -79,8 +84,18 @@ class Tokenizer:
         self.vocab_size: int = max(self._vocabulary.values()) + 1
         self.eos_token: str = _find_eos(config, self._vocabulary, path)
         self.eos_token_id: int = self._vocabulary[self.eos_token]
-        self._special_tokens = marked | _special(config) | {self.eos_token}
-        self._special_ids = {self._vocabulary[token] for token in self._special_tokens if token in self._vocabulary}
+        roles = {role: _content(config.get(f"{role}_token")) for role in ("bos", "eos", "pad")}
+        named = {*roles.values(), *config.get(MARKS_KEY, ())} - {None}
+        self.special_tokens: frozenset[str] = frozenset(marked | named | {self.eos_token})
+        self._special_ids = {self._vocabulary[token] for token in self.special_tokens if token in self._vocabulary}
+        pad = self._vocabulary.get(roles["pad"])
+        self.pad_token_id: int | None = None if roles["pad"] in (self.eos_token, roles["bos"]) else pad
+
+    @classmethod
+    def of_files(cls, files: dict[str, bytes], path: Path) -> "Tokenizer":
+        """From the contents of a folder's files, which sentences call `path`."""
+        definition, config = (json.loads(files[name]) for name in TOKENIZER_FILES[:2])
+        return cls(definition, config, path=path, sha256=hashlib.sha256(files["tokenizer.json"]).hexdigest())
 
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(f"{self._path} is not a tokenizer that the tokenizers library reads ({error})")
@@ -95,7 +110,7 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> HFTokenizer:
         """The tokenizer that knows no special token; built when first needed, since workers mostly do not."""
-        plain = HFTokenizer.from_str(json.dumps(without_special_tokens(self.definition, self._special_tokens)))
+        plain = HFTokenizer.from_str(json.dumps(without_special_tokens(self.definition, self.special_tokens)))
         plain.no_padding()
         plain.no_truncation()
         return plain
@@ -184,9 +199,9 @@ def _steps(definition: dict[str, Any], part: str, inner: str) -> list[dict[str, 
     return step[inner] if step["type"] == "Sequence" else [step]
 
 
-def without_special_tokens(definition: dict[str, Any], also: set[str] = frozenset()) -> dict[str, Any]:
+def without_special_tokens(definition: dict[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
     """A copy of a tokenizer.json in which no text can become a special token, nor one of the tokens in `also`."""
-    hidden = {token["content"] for token in definition["added_tokens"] if token["special"]} | also
+    hidden = {token["content"] for token in definition["added_tokens"] if token["special"]} | set(also)
     model = dict(definition["model"])
     if model["type"] == "BPE":
         # with `ignore_merges` a whole piece is looked up in the vocabulary; the unknown token must stay for the model
@@ -217,7 +232,8 @@ def bytes_to_characters() -> dict[int, str]:
 def tokenizer_config(eos_token: str, kind: str, model_max_length: int, tokens: dict[str, str]) -> dict[str, Any]:
     """What tokenizer_config.json must hold so that transformers 4 and 5 give exactly the ids of tokenizer.json.
 
-    `tokens` adds roles such as {"unk_token": "[UNK]"}; the end-of-text token also begins and pads unless they say more.
+    `tokens` adds roles such as {"unk_token": "[UNK]"}, and what else it should hold; the end-of-text token also begins and
+    pads unless they say more.
     """
     return {
         "add_bos_token": False,
@@ -234,15 +250,13 @@ def tokenizer_config(eos_token: str, kind: str, model_max_length: int, tokens: d
     }
 
 
-def _special(config: dict[str, Any]) -> set[str]:
-    """The tokens that a tokenizer_config.json gives a role, each a string or a dict with its content."""
-    tokens = (config.get(f"{role}_token") for role in ("bos", "eos", "pad"))
-    return {token["content"] if isinstance(token, dict) else token for token in tokens if token}
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    """The text of a token as a tokenizer_config.json gives it to a role; None for no token."""
+    return (token["content"] if isinstance(token, dict) else token) or None
 
 
 def _find_eos(config: dict[str, Any], vocabulary: dict[str, int], path: Path) -> str:
-    named = config.get("eos_token")
-    named = named["content"] if isinstance(named, dict) else named
+    named = _content(config.get("eos_token"))
     for token in (named,) if named else (DEFAULT_EOS, "</s>", "[SEP]"):
         if token in vocabulary:
             return token

@@ -7,7 +7,7 @@ with any number of threads, give the same bytes.
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HFTokenizer
 
 from dataprep.encoding import GPT2_PATTERN, NASTY
-from dataprep.tokenizers import DEFAULT_EOS, Tokenizer, bytes_to_characters, tokenizer_config
+from dataprep.special_tokens import PAD, chat_config, special_tokens
+from dataprep.tokenizers import DEFAULT_EOS, MARKS_KEY, Tokenizer, bytes_to_characters, tokenizer_config
 from errors import UserError
 
 # The split patterns that llama.cpp knows (llama-vocab.cpp: llama-bpe, gpt-2, qwen2, gpt-4o), under our flag's names.
@@ -33,37 +34,65 @@ PATTERNS = {
 # tiktoken's patterns are rewritten for its regex engine; these split alike (the conversion is compared with tiktoken)
 TIKTOKEN_PATTERNS = {"gpt2": "gpt2", "cl100k_base": "llama3", "o200k_base": "gpt4o"}
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
 _LONGEST_WORD = 256  # characters; see _cut
 _ALPHABET_LIMIT = 1000  # characters that WordPiece may learn, the usual figure of BERT tokenizers
 
 
-def train_bpe(
-    documents: Iterable[str], *, vocab_size: int, pretokenizer: str, eos_token: str, max_length: int
-) -> dict[str, bytes]:
-    """A byte-level BPE. Id 0 ends documents, then come 256 bytes, then merges in the order learned.
+def specials_of(kind: str, vocab_size: int, eos_token: str, chosen: Sequence[str] | None) -> list[str]:
+    """The special tokens of a "bpe" or "wordpiece" tokenizer by id. UserError where `vocab_size` has no room for them."""
+    specials = special_tokens((eos_token, PAD) if kind == "bpe" else (*WORDPIECE_SPECIALS, eos_token), chosen)
+    least = len(specials) + (256 if kind == "bpe" else 1)
+    if vocab_size < least:
+        bytes_too = "256 bytes and " if kind == "bpe" else ""
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: {bytes_too}{len(specials)} special tokens need at least {least}; "
+            "--special_tokens chooses fewer"
+        )
+    return specials
 
-    A pair must occur twice to be merged, so a small corpus gives fewer ids than `vocab_size`.
+
+def train_bpe(
+    documents: Iterable[str],
+    *,
+    vocab_size: int,
+    pretokenizer: str,
+    eos_token: str,
+    max_length: int,
+    chosen: Sequence[str] | None = None,
+) -> dict[str, bytes]:
+    """A byte-level BPE. Id 0 ends documents and 1 pads, then come the other special tokens, 256 bytes, and merges as learned.
+
+    A pair must occur twice to be merged, so a small corpus gives fewer ids than `vocab_size`. chosen: see special_tokens.
     """
+    specials = specials_of("bpe", vocab_size, eos_token, chosen)
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.pre_tokenizer = _byte_level(pretokenizer, cut=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[eos_token],
+        special_tokens=specials,
         initial_alphabet=list(bytes_to_characters().values()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
     tokenizer.pre_tokenizer = _byte_level(pretokenizer)
-    return _files(tokenizer, tokenizer_config(eos_token, "bpe", max_length, {}))
+    return _files(
+        tokenizer, tokenizer_config(eos_token, "bpe", max_length, {"pad_token": PAD, **chat_config(specials)})
+    )
 
 
 def train_wordpiece(
-    documents: Callable[[], Iterable[str]], *, vocab_size: int, eos_token: str, max_length: int
+    documents: Callable[[], Iterable[str]],
+    *,
+    vocab_size: int,
+    eos_token: str,
+    max_length: int,
+    chosen: Sequence[str] | None = None,
 ) -> dict[str, bytes]:
-    """A cased WordPiece with BERT's five special tokens and an end-of-text token. `documents` is iterated twice.
+    """A cased WordPiece with BERT's five special tokens, an end of text and the others. `documents` is iterated twice.
+
+    chosen: see special_tokens; padding is [PAD].
 
     The trainer numbers characters in the order of a hash map (huggingface/tokenizers#1794), so that two runs differ.
     Here characters are counted first and handed over, sorted, as if they were special; the model is rebuilt without
@@ -76,11 +105,12 @@ def train_wordpiece(
         counts.update(normalizer.normalize_str(text))
     frequent = sorted(((c, n) for c, n in counts.items() if not c.isspace()), key=lambda item: (-item[1], item[0]))
     alphabet = sorted(character for character, _ in frequent[:_ALPHABET_LIMIT])
-    specials = [*WORDPIECE_SPECIALS, eos_token]
+    specials = specials_of("wordpiece", vocab_size, eos_token, chosen)
     given = [*specials, *alphabet, *(f"##{character}" for character in alphabet)]
     if len(given) > vocab_size:
         raise UserError(
-            f"--vocab_size {vocab_size} is too small: the characters of this corpus alone need {len(given)} ids"
+            f"--vocab_size {vocab_size} is too small: the special tokens and the characters of this corpus "
+            f"alone need {len(given)} ids"
         )
     learner = HFTokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizers.Sequence([pre_tokenizer, _cut()])
@@ -100,7 +130,7 @@ def train_wordpiece(
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([_special(token) for token in specials])
     roles = {f"{token[1:-1].lower()}_token": token for token in WORDPIECE_SPECIALS}
-    return _files(tokenizer, tokenizer_config(eos_token, "wordpiece", max_length, roles))
+    return _files(tokenizer, tokenizer_config(eos_token, "wordpiece", max_length, roles | chat_config(specials)))
 
 
 def convert_tiktoken(encoding_name: str, max_length: int, sample: Iterable[str]) -> dict[str, bytes]:
@@ -125,7 +155,7 @@ def convert_tiktoken(encoding_name: str, max_length: int, sample: Iterable[str])
     tokenizer.add_special_tokens([_special(token) for token in sorted(specials, key=specials.get)])
     config = tokenizer_config(DEFAULT_EOS, "tiktoken", max_length, {})
     files = _files(tokenizer, config)
-    ours = Tokenizer(json.loads(files["tokenizer.json"]), config, path=Path("tokenizer.json"), sha256="")
+    ours = Tokenizer.of_files(files, Path("tokenizer.json"))
     for text in (*NASTY, *sample):
         if ours.encode(text) != encoding.encode_ordinary(text):
             raise RuntimeError(f"the converted {encoding_name} gives other ids than tiktoken for {text[:60]!r}")
@@ -191,6 +221,8 @@ def _special(token: str) -> AddedToken:
 
 def _files(tokenizer: HFTokenizer, config: dict) -> dict[str, bytes]:
     definition = json.loads(tokenizer.to_str())
+    for token in definition["added_tokens"]:
+        token["special"] = token["content"] not in config.get(MARKS_KEY, ())
     return {
         "tokenizer.json": (json.dumps(definition, ensure_ascii=False, indent=1) + "\n").encode(),
         "tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode(),

@@ -114,3 +114,16 @@ def tiny_data(tmp_path_factory) -> Path:
     ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def bare_tokenizer():
+    """A small byte-level tokenizer that knows the end of text and padding alone, as `--special_tokens` without any makes."""
+    from dataprep.tokenizers import Tokenizer  # here: few tests need them
+    from dataprep.train_tokenizer import train_bpe
+
+    files = train_bpe(
+        ["the user asks and the assistant answers, system or not"] * 3,
+        vocab_size=300, pretokenizer="llama3", eos_token="<|endoftext|>", max_length=128, chosen=(),
+    )  # fmt: skip
+    return Tokenizer.of_files(files, Path("tokenizer.json"))

@@ -32,12 +32,12 @@ from training.adapters import is_quantised, merged_state, plain_shapes, quantise
 from training.checkpoints import write_weights
 from training.loading import find_adapter, find_base
 from training.safetensors_writer import file_crc32, write_file
-from training.save_folder import CONFIG
+from training.save_folder import CONFIG, GENERATION_CONFIG
 from training.scalar_head import RewardModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 COPIED = (*TOKENIZER_FILES, "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-GENERATION_CONFIG, RECORD = "generation_config.json", "merge.json"
+RECORD = "merge.json"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -86,9 +86,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def further_files(base: Path, adapter: Path) -> list[Path]:
-    """The tokenizer's files, all from one folder, and the base's generation_config.json; those that exist."""
+    """The tokenizer's files, all from one folder, and generation_config.json, the adapter's or the base's; those that exist."""
     source = adapter if (adapter / TOKENIZER_FILES[0]).is_file() else base
-    found = [source / name for name in COPIED] + [base / GENERATION_CONFIG]
+    ends = adapter if (adapter / GENERATION_CONFIG).is_file() else base
+    found = [source / name for name in COPIED] + [ends / GENERATION_CONFIG]
     return [path for path in found if path.is_file()]
 
 

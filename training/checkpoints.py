@@ -16,7 +16,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from training.save_folder import (
     ADAPTER_WEIGHTS,
     CONFIG,
     FORMAT,
+    GENERATION_CONFIG,
     MANIFEST,
     OPTIMIZER,
     TRAINER_STATE,
@@ -81,7 +82,7 @@ __all__ = [
 MAX_SHARD_BYTES = 5_000_000_000  # where Hugging Face tools split
 Files = dict[str, Iterable[bytes | memoryview]]  # by name, each as its bytes piece by piece
 _RESERVED = {
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, "generation_config.json", WEIGHTS, WEIGHTS_INDEX, OPTIMIZER, TRAINER_STATE,
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, OPTIMIZER, TRAINER_STATE,
     MANIFEST,
 }  # fmt: skip
 
@@ -119,6 +120,7 @@ def save(
     part: nn.Module | None = None,
     adapter: Files | None = None,
     beside: Files | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> SaveResult:
     """Publish `save_dir/checkpoint_step_{step}`. Every rank calls it; rank 0 writes; every rank gets the same result.
 
@@ -129,7 +131,8 @@ def save(
 
     part: the module in `model` that config.json and the weights are of (default: all of it). adapter: files of a PEFT
     folder, which are written in place of these, whose weights are frozen and lie elsewhere. beside: further large files,
-    such as a critic's weights.
+    such as a critic's weights. stop_ids: what ends an answer, beside the model's own end of text: for transformers'
+    `generate`, which reads generation_config.json.
 
     A storage error (no space, quota, folder gone) never raises: the result says why, and nothing is left behind.
     A whole checkpoint of this step with the same weights and optimizer state stays as it is, and the result is ok; any
@@ -145,11 +148,11 @@ def save(
     if taken := added.keys() & state.keys():
         raise ValueError(f"state may not hold {sorted(taken)}: save adds them")
     config = unwrap(part or model).config.to_hf()
+    described = {TRAINER_STATE: {**state, **added}}
     if adapter is None:
-        described = {CONFIG: config, "generation_config.json": _generation_config(config)}
-    else:
-        described = {}
-    described[TRAINER_STATE] = {**state, **added}
+        described[CONFIG] = config
+    if adapter is None or stop_ids:
+        described[GENERATION_CONFIG] = _generation_config(config, stop_ids)
     small_files = {**{name: _json_bytes(content) for name, content in described.items()}, **files}
 
     def write() -> SaveResult:
@@ -505,9 +508,12 @@ def _optimizer_names(optimizers: list[torch.optim.Optimizer]) -> str:
     return "+".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
-def _generation_config(config: dict) -> dict:
+def _generation_config(config: dict, stop_ids: Sequence[int]) -> dict:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: config[name] for name in names if config.get(name) is not None}
+    written = {name: config[name] for name in names if config.get(name) is not None}
+    own = written.get("eos_token_id", [])
+    ends = sorted({*(own if isinstance(own, list) else [own]), *stop_ids})
+    return written | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
 
 # ---- small tools -----------------------------------------------------------------------------------------------------

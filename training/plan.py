@@ -55,7 +55,9 @@ class RunPlan:
         return self.total_flops / (flops_per_second * self.world_size)
 
 
-def model_shape(config: TrainConfig, vocab_size: int, max_length: int, eos_token_id: int | None) -> ModelConfig:
+def model_shape(
+    config: TrainConfig, vocab_size: int, max_length: int, eos_token_id: int | None, pad_token_id: int | None = None
+) -> ModelConfig:
     """The model that the options ask for, its vocabulary padded to a multiple of 128."""
     return ModelConfig(
         vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
@@ -70,6 +72,7 @@ def model_shape(config: TrainConfig, vocab_size: int, max_length: int, eos_token
         tie_word_embeddings=config.tie_word_embeddings,
         qk_norm=config.qk_norm,
         eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
         bos_token_id=eos_token_id,  # documents are only parted by it: it stands before a text as well as after
     )
 

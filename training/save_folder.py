@@ -30,6 +30,7 @@ from training.safetensors_writer import file_crc32, write_file
 
 FORMAT = 1
 MANIFEST, CONFIG, TRAINER_STATE = "manifest.json", "config.json", "trainer_state.json"
+GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 WEIGHTS, WEIGHTS_INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
 

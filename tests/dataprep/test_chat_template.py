@@ -435,13 +435,14 @@ def test_what_ends_an_answer(tokenizer):
     assert stop_token_ids(tokenizer, plain) == [tokenizer.eos_token_id]
 
 
-def test_what_a_tokenizer_or_template_cannot_do_is_said(tokenizer, tiny_data):
-    base = load_tokenizer(tiny_data)  # has no token but the end of text
+def test_what_a_tokenizer_or_template_cannot_do_is_said(tokenizer, bare_tokenizer):
+    base = bare_tokenizer
     (line,) = [line for line in describe_template(base, template_of(SHIPPED["chatml"])) if "plain text" in line]
-    assert "<|im_start|>, <|im_end|>" in line and base.eos_token in line
+    assert "<|im_start|>, <|im_end|>" in line and base.eos_token in line and "--add_chat_tokens" in line
     tokens, learned = encode_messages(base, template_of(SHIPPED["chatml"]), DIALOGUES["two"])
     assert learned_texts(base, tokens, learned) == ["Hello<|im_end|>\n", "Because <b><|im_end|>\n"]
-    assert not any("plain text" in line for line in describe_template(tokenizer, template_of(SHIPPED["chatml"])))
+    (line,) = [line for line in describe_template(tokenizer, template_of(SHIPPED["chatml"])) if "plain text" in line]
+    assert line.startswith("the tokenizer has no <tool_call>") and "ends a dialogue" not in line
     assert any("tools" in line for line in describe_template(tokenizer, template_of(SHIPPED["llama3"])))
     assert any("date" in line for line in describe_template(tokenizer, template_of(OWN["dates"])))
     asks = SHIPPED["chatml"].replace('"<|im_start|>assistant\\n"', '"<|im_start|>assistant\\n<think>"')
@@ -475,7 +476,7 @@ def encode(tokenizer, example: Example, *, max_length: int = 512, template: Chat
     return encode_example(tokenizer, template, example, max_length=max_length, **settings)
 
 
-def test_an_end_of_text_is_appended_once_where_the_template_has_no_end(tokenizer, tiny_data):
+def test_an_end_of_text_is_appended_once_where_the_template_has_no_end(tokenizer, bare_tokenizer):
     plain = template_of("{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}")
     ends = template_of(
         "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\\n') }}{% endfor %}"
@@ -488,7 +489,7 @@ def test_an_end_of_text_is_appended_once_where_the_template_has_no_end(tokenizer
             ).sequences
             assert (sequence.tokens == end).sum() == count
             assert (sequence.tokens[-1] == end) == sequence.learned[-1] or template is CHATML
-    base = load_tokenizer(tiny_data)
+    base = bare_tokenizer
     (sequence,) = encode(base, example_of("chat", messages=DIALOGUES["one"])).sequences
     assert sequence.tokens[-1] == base.eos_token_id and sequence.learned[-1]
 

@@ -259,12 +259,12 @@ def test_again_is_up_to_date_and_another_dataset_is_not_replaced_unasked(write, 
 def test_rows_that_are_cut_or_left_out_are_counted(write, tiny_data, tmp_path):
     rows, said = write("chat"), Quiet()
     metadata = prepare_examples(
-        options(rows, tmp_path / "data", "chat", tiny_data, max_length=140, train_on="last"), said
+        options(rows, tmp_path / "data", "chat", tiny_data, max_length=90, train_on="last"), said
     )
     left_out = [line for line in said.lines if "left out" in line]
-    assert len(left_out) == 1 and "lies beyond max_length 140" in left_out[0]
+    assert len(left_out) == 1 and "lies beyond max_length 90" in left_out[0]
     assert sum(kind["count"] for kind in metadata.skipped.values()) == 20 - len(ExampleShards(tmp_path / "data")) > 0
-    assert any("cut off at --max_length 140" in line for line in said.lines)
+    assert any("cut off at --max_length 90" in line for line in said.lines)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------

@@ -111,9 +111,9 @@ def test_a_system_message_begins_every_dialogue(finished_run, talk):
 
 
 def test_another_template_is_taken_where_one_is_named(finished_run, talk):
-    out, err = talk(finished_run, "loss", "--chat_template", "chatml")
+    out, err = talk(finished_run, "loss", "--chat_template", "llama3")
     assert out != talk(finished_run, "loss")[0]
-    assert "chat template: chatml" in err and "<|im_end|>" in err  # which this tokenizer has not
+    assert "chat template: llama3" in err and "<|eot_id|>" in err  # which this tokenizer has not
 
 
 def test_an_answer_ends_with_a_special_token_of_the_template(finished_run, talk, tmp_path):
@@ -132,10 +132,12 @@ def test_an_answer_ends_with_a_special_token_of_the_template(finished_run, talk,
     tokenizer, template = load_tokenizer(tmp_path), load_chat_template(tmp_path)
     prompt, _ = encode_messages(tokenizer, template, [Message("user", "loss")], add_generation_prompt=True)
     assert end in prompt
-    ids = generate(load_pretrained(tmp_path), torch.from_numpy(prompt)[None], max_new_tokens=12, temperature=0)
+    ids = generate(
+        load_pretrained(tmp_path), torch.from_numpy(prompt)[None], max_new_tokens=12, temperature=0, vocab_size=end
+    )
     written = ids[0, len(prompt) :].tolist()
     at = next(n for n in range(1, 12) if written[n] not in written[:n])
-    weights["lm_head.weight"][end] = 1.01 * weights["lm_head.weight"][written[at]]  # likelier wherever that one was
+    weights["lm_head.weight"][end] = 1.0001 * weights["lm_head.weight"][written[at]]  # likelier wherever that one was
     save_file(weights, tmp_path / "model.safetensors")
     assert talk(tmp_path, "loss")[0] == tokenizer.decode(written[:at]) + "\n"
 

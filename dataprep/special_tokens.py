@@ -1,0 +1,85 @@
+"""Which special tokens does a tokenizer have, and how does one that lacks those of its chat template get them?
+
+A tokenizer trained here knows them from its first id on (docs/data.md has the table): the end of text and padding, what
+ChatML puts around turns, the marks inside a turn, and reserved ones, for whoever needs one later, up to 32 in all.
+The marks are not special to a decoder, so that an answer is shown with its reasoning and its calls; text that spells
+them becomes them as little as any other.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dataprep.chat_template import CHATML, ChatTemplate
+from dataprep.tokenizers import MARKS_KEY, Tokenizer
+from errors import UserError
+
+PAD = "<|pad|>"
+TURNS = ("<|im_start|>", "<|im_end|>")
+MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+NUM_SPECIAL = 32
+
+# letters between signs: no pre-tokenizer here keeps both together, so that no merge of text can become one
+_NAME = re.compile(r"<\S*\w\S*>|\[\S*\w\S*\]")
+
+
+def special_tokens(first: Sequence[str], chosen: Sequence[str] | None) -> list[str]:
+    """The special tokens of a tokenizer, in the order of their ids. first: those that it has anyway.
+
+    chosen: what --special_tokens names, instead of ChatML's, the marks and the reserved ones, which None stands for.
+    UserError for one that cannot be a special token, or is named twice.
+    """
+    if chosen is None:
+        tokens = [*first, *TURNS, *MARKS]
+        return [*tokens, *(f"<|reserved_{number}|>" for number in range(NUM_SPECIAL - len(tokens)))]
+    for number, token in enumerate(chosen):
+        if not _NAME.fullmatch(token):
+            raise UserError(f"--special_tokens {token!r}: write each as <NAME> or [NAME], without spaces")
+        if token in (*first, *chosen[:number]):
+            raise UserError(f"--special_tokens names {token} twice, or it is there anyway: leave one out")
+    return [*first, *chosen]
+
+
+def chat_config(tokens: Sequence[str]) -> dict[str, Any]:
+    """What tokenizer_config.json says of these tokens: ChatML, where its own are among them, and which are marks."""
+    template = {"chat_template": CHATML} if set(TURNS) <= set(tokens) else {}
+    marks = [token for token in tokens if token in MARKS]
+    return template | ({MARKS_KEY: marks} if marks else {})
+
+
+def written_marks(template: ChatTemplate) -> list[str]:
+    """The marks that a template names."""
+    return [mark for mark in MARKS if mark in template.source or mark in (template.tool_source or "")]
+
+
+def with_tokens(
+    tokenizer: Tokenizer, config: dict[str, Any], tokens: Sequence[str]
+) -> tuple[Tokenizer, dict[str, bytes]]:
+    """(`tokenizer` that knows `tokens` too, its two files). Each takes the next id that is free.
+
+    config: its tokenizer_config.json. Its tokenizer.json says nothing else than before about any other text.
+    """
+    definition = json.loads(json.dumps(tokenizer.definition))
+    config = json.loads(json.dumps(config))
+    marks = [token for token in tokens if token in MARKS]
+    for index, token in enumerate(tokens, start=tokenizer.vocab_size):
+        entry = {
+            "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+            "special": token not in MARKS,
+        }  # fmt: skip
+        definition["added_tokens"].append({"id": index, **entry})
+        if "added_tokens_decoder" in config:  # transformers 4 reads them there
+            config["added_tokens_decoder"][str(index)] = entry
+    if marks:
+        config[MARKS_KEY] = [*config.get(MARKS_KEY, ()), *marks]
+    files = {
+        "tokenizer.json": _json_bytes(definition),
+        "tokenizer_config.json": _json_bytes(config),
+    }
+    return Tokenizer.of_files(files, Path("tokenizer.json")), files
+
+
+def _json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
