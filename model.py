@@ -13,7 +13,7 @@ D head size, F MLP size, V vocabulary, L layers.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -308,6 +308,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
+        # gives the head's weight where some rows of it alone learn (training/token_rows.py)
+        self.head_gradient: Callable[[nn.Module], Tensor] | None = None
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -319,9 +321,12 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """(V, H): what turns a hidden state into logits; the embedding itself when tied."""
-        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+        layer = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
+        if self.head_gradient is None or not torch.is_grad_enabled():
+            return layer.weight
+        return self.head_gradient(layer)
 
     def forward(
         self,

@@ -50,7 +50,7 @@ from training.parallel import (
     stop_ranks,
     unwrap,
 )  # fmt: skip
-from training.plan import RunPlan, example_sizes, format_plan, model_shape, plan_run
+from training.plan import RunPlan, example_sizes, format_plan, grown, model_shape, plan_run
 from training.precision import LossScaler, Precision, choose_precision
 from training.resume import check_data_order, find_checkpoint
 from training.run_files import read_history
@@ -132,8 +132,10 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     # ------------------------------------------------------------------------------------------------------------- data
     data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings, saved.get("data_order"))
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
-    if base_shape and data.max_length > base_shape.max_position_embeddings:  # said in data.report
-        base_shape = dataclasses.replace(base_shape, max_position_embeddings=data.max_length)
+    if (
+        base_shape
+    ):  # which rows that are longer than the base's, and tokens that it had not, make larger: data.report says so
+        base_shape = grown(base_shape, data.max_length, data.tokenizer.vocab_size if data.num_new_tokens else 0)
     if config.stage != "pretrain" and origins["max_steps"] == "default":
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
 
@@ -165,8 +167,9 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
 
     # ------------------------------------------------------------------------------------------------ model, optimizers
     raw_model = build_model(
-        config, shape, base, resumed_from, kernels=kernels, num_real_tokens=tokenizer.vocab_size, device=ranks.device,
-        precision=precision, rows=plan.micro_batch_size * data.max_length,
+        config, shape, base, resumed_from, kernels=kernels, num_real_tokens=tokenizer.vocab_size,
+        num_new_tokens=data.num_new_tokens, device=ranks.device, precision=precision,
+        rows=plan.micro_batch_size * data.max_length,
     )  # fmt: skip
     optimizers = make_optimizers(config, raw_model, resumed_from, precision)
     scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)

@@ -9,8 +9,11 @@ them becomes them as little as any other.
 import json
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer as HFTokenizer
 
 from dataprep.chat_template import CHATML, ChatTemplate
 from dataprep.tokenizers import MARKS_KEY, Tokenizer
@@ -57,14 +60,22 @@ def written_marks(template: ChatTemplate) -> list[str]:
 def with_tokens(
     tokenizer: Tokenizer, config: dict[str, Any], tokens: Sequence[str]
 ) -> tuple[Tokenizer, dict[str, bytes]]:
-    """(`tokenizer` that knows `tokens` too, its two files). Each takes the next id that is free.
+    """(`tokenizer` that knows `tokens` too, its two files). Each takes the next id that is free; other text keeps its ids.
 
-    config: its tokenizer_config.json. Its tokenizer.json says nothing else than before about any other text.
+    config: its tokenizer_config.json. UserError where the tokenizers library would give another id.
     """
     definition = json.loads(json.dumps(tokenizer.definition))
     config = json.loads(json.dumps(config))
     marks = [token for token in tokens if token in MARKS]
-    for index, token in enumerate(tokens, start=tokenizer.vocab_size):
+    vocabulary = definition["model"]["vocab"]
+    known = (
+        vocabulary if isinstance(vocabulary, dict) else {token: index for index, (token, _) in enumerate(vocabulary)}
+    )
+    free = count(tokenizer.vocab_size)
+    ids = {
+        token: known[token] if token in known else next(free) for token in tokens
+    }  # some are there as ordinary pieces
+    for token, index in ids.items():
         entry = {
             "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
             "special": token not in MARKS,
@@ -78,6 +89,11 @@ def with_tokens(
         "tokenizer.json": _json_bytes(definition),
         "tokenizer_config.json": _json_bytes(config),
     }
+    read = HFTokenizer.from_str(files["tokenizer.json"].decode())
+    if wrong := [token for token, index in ids.items() if read.token_to_id(token) != index]:
+        raise UserError(
+            f"{wrong[0]} cannot be added to this tokenizer, whose ids have gaps: choose another --chat_template"
+        )
     return Tokenizer.of_files(files, Path("tokenizer.json")), files
 
 

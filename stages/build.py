@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from dataprep.chat_template import ChatTemplate, load_chat_template
-from dataprep.chat_tokens import describe_template, stop_token_ids
+from dataprep.chat_tokens import describe_template, missing_tokens, stop_token_ids
 from dataprep.encoding_examples import encode_example, show_example
 from dataprep.example_shards import FORMATS, ExampleShards, template_digest
 from dataprep.examples import Example, ExampleSet, read_examples
 from dataprep.shards import Metadata, load_metadata, open_split
+from dataprep.special_tokens import with_tokens
 from dataprep.token_bytes import TokenBytes
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
@@ -84,6 +85,7 @@ class StageData:
     report: list[str] = field(default_factory=list)
     stop_ids: tuple[int, ...] = ()  # what ends an answer
     files: dict[str, bytes] = field(default_factory=dict)  # further ones for every checkpoint: the chat template
+    num_new_tokens: int = 0  # the tokenizer's last ids, which the model that is trained on does not have
 
 
 def open_stage_data(
@@ -209,7 +211,8 @@ def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: d
     # a template that writes the date goes on writing that of the run's first day
     today = saved_order.get("template_date") or from_rank_0(lambda: datetime.now().isoformat())
     template = load_chat_template(base, override=config.chat_template, now=datetime.fromisoformat(today))
-    report = describe_template(tokenizer, template)
+    tokenizer, tokenizer_files, added = _with_chat_tokens(config, base, tokenizer, template)
+    report = [*added, *describe_template(tokenizer, template)]
     shards = _open_example_shards(config, base, tokenizer, template) if config.data_dir else None
     max_length = config.max_length or (min(context, DEFAULT_LENGTH) if shards is None else shards.metadata.max_length)
     if max_length > context:
@@ -251,15 +254,30 @@ def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: d
     if template.reads("strftime_now"):
         order["template_date"] = today
     stops = tuple(stop_token_ids(tokenizer, template))
-    files = {"chat_template.jinja": template.source.encode()}
+    files = {"chat_template.jinja": template.source.encode(), **tokenizer_files}
+    num_new_tokens = tokenizer.vocab_size - load_tokenizer(base, lazy=True).vocab_size
     if config.stage == "reward":
         files |= padding_files(base)
     if config.stage in ("grpo", "ppo"):
         return StageData(base, tokenizer, max_length, order, len(train), train, held_out, report, stops, files)
     return StageData(
         base, tokenizer, max_length, order, len(train), ExampleData(train, config.seed, sampler),
-        ExampleData(held_out, config.seed) if held_out else None, report, stops, files,
+        ExampleData(held_out, config.seed) if held_out else None, report, stops, files, num_new_tokens,
     )  # fmt: skip
+
+
+def _with_chat_tokens(
+    config: TrainConfig, base: Path, tokenizer: Tokenizer, template: ChatTemplate
+) -> tuple[Tokenizer, dict[str, bytes], list[str]]:
+    """(the tokenizer with --add_chat_tokens' tokens, its files where they are new, what to say of it)."""
+    if not config.add_chat_tokens:
+        return tokenizer, {}, []
+    if not (missing := missing_tokens(tokenizer, template)):
+        return tokenizer, {}, ["--add_chat_tokens: the tokenizer has every special token that the chat template writes"]
+    path = base / "tokenizer_config.json"
+    more, files = with_tokens(tokenizer, read_json(path) if path.exists() else {}, missing)
+    ids = f"as the ids {tokenizer.vocab_size:,} to {more.vocab_size - 1:,}"
+    return more, files, [f"--add_chat_tokens: {', '.join(missing)} are new in the tokenizer, {ids}"]
 
 
 def _open_example_shards(

@@ -44,6 +44,7 @@ from training.save_folder import (
     fsync_folder,
     temporary_path,
 )
+from training.token_rows import token_rows, vocabulary_layers, write_rows
 
 _PREFIX = "base_model.model."  # of every tensor in a PEFT file: PEFT's own wrappers around the model
 _LEARNED_OVER = "base_weights"  # in the header of our adapter files: "nf4" or "full"
@@ -52,7 +53,7 @@ _LEARNED_OVER = "base_weights"  # in the header of our adapter files: "nf4" or "
 # empty: PEFT keeps adding variants, and one that is not known here would be computed wrongly.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern"}
 _READ |= {"use_rslora", "use_dora", "bias", "init_lora_weights", "exclude_modules", "layers_to_transform"}
-_READ |= {"modules_to_save"}
+_READ |= {"modules_to_save", "trainable_token_indices"}
 _HARMLESS = {"layers_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping"}
 _HARMLESS |= {"peft_version", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
 _HARMLESS |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}  # of init_lora_weights
@@ -65,10 +66,12 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """One adapter's tensors, fp32, under PEFT's keys. They share memory with the model, which may be wrapped in DDP.
 
     base_model.model.PATH.lora_A.weight (rank, in), .lora_B.weight (out, rank) and for DoRA .lora_magnitude_vector (out,);
-    of a reward model its head as well, base_model.model.score.weight (1, H).
+    of a reward model its head as well, base_model.model.score.weight (1, H); with "default" the rows of tokens that learn,
+    base_model.model.PATH.token_adapter.trainable_tokens_delta (n, H), the rows themselves.
     """
     _known_settings(model, name)
-    state = {}
+    rows = token_rows(model) if name == "default" else {}
+    state = {_row_key(layer): adapter.trainable_tokens_delta.detach() for layer, adapter in rows.items()}
     if (head := _score(model)) is not None:
         state[_PREFIX + SCORE] = head.detach()
     for path, layer in unwrap(model).named_modules():
@@ -83,6 +86,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 def adapter_config(model: nn.Module, name: str, base_model: str | None) -> dict:
     """The contents of adapter_config.json. base_model: the folder or the name that the base was loaded from."""
     settings, has_score = _known_settings(model, name), _score(model) is not None
+    rows = {layer: adapter.ids.tolist() for layer, adapter in token_rows(model).items()}
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if has_score else "CAUSAL_LM",
@@ -101,6 +105,8 @@ def adapter_config(model: nn.Module, name: str, base_model: str | None) -> dict:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": ["score"] if has_score else None,
+        # PEFT gives a tied head the embedding's by itself
+        "trainable_token_indices": (rows if len(rows) > 1 else rows["embed_tokens"]) if rows else None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
@@ -147,6 +153,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     A new one joins the active ones. One that is there must have the same layers, ranks, scales and kind; its parameters
     stay the same objects, so that an optimizer goes on with them. Returns the head (1, H) of a reward model's adapter
     where the model is a language model, which has no place for it; otherwise None.
+    Rows of tokens that it trained (PEFT's trainable_token_indices) go where they learn, or else into the weights, which grow
+    if need be.
     UserError, with the model as it was, for a folder that is broken, does not fit the model or holds what is not computed
     here: biases, whole trained layers other than that head, layers outside of the blocks, variants other than rsLoRA and
     DoRA.
@@ -154,10 +162,13 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     folder = Path(folder)
     config, state = read_adapter_config(folder), _read_tensors(folder)
     head = state.pop(_PREFIX + SCORE, None) if _score(model) is None else None
+    trained_rows = _rows_from(config, state, model, name, folder)
     settings = _settings_from(config, folder, _paths(state, folder))
     layers = dict(unwrap(model).named_modules())
     _check_targets(config["target_modules"], config, settings.targets, layers, folder)
     wanted = {} if _score(model) is None else {_PREFIX + SCORE: tuple(_score(model).shape)}
+    learning = token_rows(model) if name == "default" else {}
+    wanted |= {_row_key(layer): tuple(one.trainable_tokens_delta.shape) for layer, one in learning.items()}
     for path in settings.targets:
         rank, (rows, columns) = settings.rank_of(path), _shape(layers[path])
         wanted[f"{_PREFIX}{path}.lora_A.weight"] = (rank, columns)
@@ -173,7 +184,50 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             f"take the settings of its {ADAPTER_CONFIG}"
         )
     load_adapter_state(model, state, name)
+    for layer, (ids, values) in trained_rows.items():
+        write_rows(unwrap(model), layer, ids, values)
     return None if head is None else head.clone()
+
+
+def _row_key(layer: str) -> str:
+    return f"{_PREFIX}{'model.' if layer == 'embed_tokens' else ''}{layer}.token_adapter.trainable_tokens_delta"
+
+
+def _rows_from(
+    config: dict, state: dict[str, Tensor], model: nn.Module, name: str, folder: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (ids (n,), rows (n, H))} of the tokens that an adapter trained and that do not learn here; taken out of `state`.
+
+    Those that learn stay in it. UserError for ones that do not fit the model.
+    """
+    given = config.get("trainable_token_indices") or {}
+    given = given if isinstance(given, dict) else {"embed_tokens": given}
+    layers, learning = vocabulary_layers(model), token_rows(model) if name == "default" else {}
+    if not layers.keys() >= given.keys() and unwrap(model).config.tie_word_embeddings:
+        given = {
+            layer: ids for layer, ids in given.items() if layer != "lm_head"
+        }  # the embedding's, under another name
+    where = folder / ADAPTER_CONFIG
+    if given and (name != "default" or not layers.keys() >= given.keys()):
+        raise UserError(
+            f"{where}: trainable_token_indices has {', '.join(given)}, which this model cannot take: merge it first"
+        )
+    found = {}
+    for layer, ids in given.items():
+        ids = torch.tensor(ids, dtype=torch.int64)
+        if layer in learning:
+            if learning[layer].ids.tolist() != ids.tolist():
+                raise UserError(f"{where}: other tokens' rows were trained than the ones that learn in this run")
+            continue
+        values = state.pop(_row_key(layer), None)
+        if values is None or values.shape != (len(ids), unwrap(model).config.hidden_size):
+            raise UserError(
+                f"{folder / ADAPTER_WEIGHTS}: the rows of trainable_token_indices in {layer} are missing or do not fit"
+            )
+        found[layer] = ids, values
+    if missing := learning.keys() - given.keys():
+        raise UserError(f"{where}: it trained no rows of {min(missing)}, and this run does; check --add_chat_tokens")
+    return found
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
@@ -232,7 +286,7 @@ def _paths(state: Iterable[str], folder: Path) -> tuple[str, ...]:
     """The layers that have tensors in the file, in its order. UserError for one that takes no adapter here."""
     paths = {}
     for key in state:
-        if key == _PREFIX + SCORE:
+        if key in (_PREFIX + SCORE, _row_key("embed_tokens"), _row_key("lm_head")):
             continue
         path, found, _ = key.removeprefix(_PREFIX).rpartition(".lora_A.")
         child = key.removeprefix(_PREFIX).split(".lora_")[0].rpartition(".")[2]

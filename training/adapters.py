@@ -27,6 +27,7 @@ from kernels.norm_lora import norm_lora_linear
 from kernels.rms_norm import rms_norm
 from model import RMSNorm, Transformer
 from training.parallel import unwrap
+from training.token_rows import store_rows
 
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"  # as in PEFT: the linear layers of the blocks, without the head
@@ -427,16 +428,17 @@ def _draw_a(seed: int, name: str, rank: int, linear: LoraLinear) -> Tensor:
 
 
 def store_after_steps(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """After each optimizer step, copy what B learned to where "augmented" and joint layers multiply with it."""
+    """After each optimizer step, copy what B learned to where "augmented" and joint layers multiply with it, and rows too."""
     for optimizer in optimizers:
         optimizer.register_step_post_hook(lambda *_: store_learned(model))
 
 
 def store_learned(model: nn.Module) -> None:
-    """Bring those copies of B up to date; needed wherever B was changed by other means than an optimizer."""
+    """Bring those copies of B, and of rows that learn, up to date; needed wherever others than an optimizer changed them."""
     for module in model.modules():
         if isinstance(module, (LoraLinear, NormProjections)) and module.stored_adapters():
             store_adapters(module.augmented, module.stored_adapters())
+    store_rows(model)
 
 
 def set_aside(model: nn.Module, name: str) -> None:

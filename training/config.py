@@ -76,6 +76,7 @@ class TrainConfig:
     rename_columns: list[str] = option("examples", "column=meaning, for columns of other names: question=prompt answer=completion", [])
     train_on: str = option("examples", "tokens that are learned in sft: assistant (every answer), last (the last answer) or all", "assistant", ("assistant", "last", "all"))
     chat_template: str | None = option("examples", "chatml, llama3 or a Jinja file (default: the model's own, else chatml)", None)
+    add_chat_tokens: bool = option("examples", "sft: give the tokenizer the special tokens that the chat template writes and it lacks, and the model rows for them, which learn, with --lora too", False)
     neftune_alpha: float = option("examples", "sft: noise on the embeddings of alpha / sqrt(length * width); 5 is usual, 0 is none", 0.0)
 
     lora: bool = option("adapters", "freeze the model and train low-rank adapters beside its linear layers", False)
@@ -234,6 +235,10 @@ class TrainConfig:
         else:
             if self.init_from is None:
                 raise UserError(f"--init_from is missing: --stage {self.stage} starts from a model")
+            if self.data_dir and self.add_chat_tokens:
+                raise UserError(
+                    "--add_chat_tokens needs --train_data: the examples of --data_dir were encoded before there were such tokens"
+                )
             if self.data_dir and self.stage in ("grpo", "ppo"):
                 raise UserError(f"--data_dir is not for --stage {self.stage}, which reads --train_data")
             if self.data_dir and self.train_data:
@@ -387,7 +392,7 @@ _READ_ONLY: tuple[tuple[str, str, Callable[[TrainConfig], bool]], ...] = (
         "preset hidden_size num_layers num_heads num_kv_heads intermediate_size rope_theta qk_norm tie_word_embeddings",
         "models trained from nothing, and --init_from has a shape of its own", lambda c: c.init_from is None,
     ),
-    ("train_on neftune_alpha", "--stage sft", lambda c: c.stage == "sft"),
+    ("train_on neftune_alpha add_chat_tokens", "--stage sft", lambda c: c.stage == "sft"),
     ("lora_r lora_alpha lora_dropout lora_target_modules", "--lora", lambda c: c.lora),
     ("dpo_loss dpo_beta", "--stage dpo", lambda c: c.stage == "dpo"),
     ("label_smoothing", "--stage dpo --dpo_loss sigmoid", lambda c: (c.stage, c.dpo_loss) == ("dpo", "sigmoid")),

@@ -36,6 +36,7 @@ from training.precision import Precision
 from training.safetensors_writer import safetensors_chunks
 from training.save_folder import ADAPTER_CONFIG
 from training.scalar_head import RewardModel
+from training.token_rows import grow_vocabulary, learn_rows, start_rows
 
 _DESCRIPTIONS = ("config.json", ADAPTER_CONFIG)  # of a model, of an adapter
 CRITIC_FILE = "critic.safetensors"  # of a PPO run: what its checkpoint holds beside the policy
@@ -81,11 +82,12 @@ def read_shape(folder: Path) -> ModelConfig:
 
 def build_model(
     config: TrainConfig, shape: ModelConfig | None, base: Path | None, checkpoint: Path | None, *,
-    kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision, rows: int,
+    kernels: KernelChoice, num_real_tokens: int, num_new_tokens: int, device: torch.device, precision: Precision, rows: int,
 ) -> Transformer | ActorCritic:  # fmt: skip
     """The model of a run at its start, or as `checkpoint` holds it. base: the folder of --init_from, or None.
 
     shape: None takes the base's.
+    num_real_tokens: ids of the tokenizer; the last num_new_tokens of them the base did not have, and their rows learn.
     rows: tokens of a micro-batch. Weights that learn are fp32; frozen ones are in the dtype that the run computes in, or
     NF4 with --load_in_4bit. A --reward_model that is an adapter over the same base becomes one more adapter, "reward".
     """
@@ -101,6 +103,10 @@ def build_model(
         if shape is not None:  # the run's rows may be longer than those that the base was trained on
             model.config.max_position_embeddings = shape.max_position_embeddings
         model.kernels = kernels
+        if num_new_tokens:
+            if shape.vocab_size > model.config.vocab_size:
+                grow_vocabulary(model, shape.vocab_size)
+            start_rows(model, num_real_tokens - num_new_tokens, num_new_tokens)
     else:
         with torch.device("meta"):  # no memory is touched twice, however large the model
             model = Transformer(shape, kernels)
@@ -109,6 +115,8 @@ def build_model(
             model.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
     if config.lora:
         model = _with_adapters(config, model, base, rows)
+        if num_new_tokens:
+            learn_rows(model, range(num_real_tokens - num_new_tokens, num_real_tokens))
     elif config.stage == "ppo":
         model = ActorCritic(model, _critic(config, model, device))
     if checkpoint is not None:

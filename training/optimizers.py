@@ -76,7 +76,7 @@ def build_optimizers(
 
 def _split_by_role(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters: 2-D matrices inside the blocks; other matrices, such as the head; what is never decayed."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     hidden, other_matrices, undecayed = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -7,15 +7,15 @@ context and the work space of the libraries (half a GB on CUDA), what a referenc
 flight, DDP's buckets, fragmentation, compilation, evaluation, and the data, which lies in the host's memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
 from model import ModelConfig, ParameterCount, count_parameters, flops_per_token
 from training.config import TrainConfig
+from training.token_rows import padded
 
 GIB = 2**30
-VOCAB_MULTIPLE = 128  # rows of the embedding and head: whole tiles for the matrix units
 _ADAMW_STATE_BYTES = 8  # two fp32 moments a parameter
 _NF4_BYTES = 4.127 / 8  # a weight: 4 bits, and its share of two levels of absmax (kernels/nf4.py)
 _MUON_STATE_BYTES = 4  # one fp32 momentum a parameter
@@ -60,7 +60,7 @@ def model_shape(
 ) -> ModelConfig:
     """The model that the options ask for, its vocabulary padded to a multiple of 128."""
     return ModelConfig(
-        vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        vocab_size=padded(vocab_size),
         hidden_size=config.hidden_size,
         intermediate_size=config.mlp_size,
         num_hidden_layers=config.num_layers,
@@ -75,6 +75,13 @@ def model_shape(
         pad_token_id=pad_token_id,
         bos_token_id=eos_token_id,  # documents are only parted by it: it stands before a text as well as after
     )
+
+
+def grown(shape: ModelConfig, max_length: int, vocab_size: int) -> ModelConfig:
+    """The shape of a base, with room for rows of `max_length` tokens and for `vocab_size` ids."""
+    num_rows = shape.vocab_size if vocab_size <= shape.vocab_size else padded(vocab_size)
+    positions = max(shape.max_position_embeddings, max_length)
+    return replace(shape, max_position_embeddings=positions, vocab_size=num_rows)
 
 
 def plan_run(
