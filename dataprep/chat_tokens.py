@@ -8,8 +8,9 @@ its own. So the mask is exact by construction, and a prompt has the same ids whe
     with add_generation_prompt=True                            with its end
 
 An answer is what the template writes for messages[:i + 1] behind that prompt, up to the last special token if nothing
-but space follows it. Where the template marks answers ({% generation %}), the
-marks say what is learned, and the token behind a mark that ends the turn is learned with it.
+but space follows it. Where the text of the whole dialogue shows an answer otherwise (Qwen3's template leaves out earlier
+reasoning), the dialogue becomes several sequences, each rendered up to an answer (`encode_answers`). Where the template
+marks answers ({% generation %}), the marks say what is learned, and the token behind a mark that ends the turn with it.
 Special tokens that the template writes become special ids. Spelled in a message they stay text.
 """
 
@@ -44,6 +45,10 @@ class UnmaskableMessagesError(UserError):
     """It cannot be told which text of a rendered dialogue is an answer, or none is."""
 
 
+class OneRenderingError(UnmaskableMessagesError):
+    """The text of the whole dialogue does not show each answer as it would be asked for."""
+
+
 def encode_messages(
     tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -61,31 +66,45 @@ def encode_messages(
     """
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on is {train_on!r}, not one of {', '.join(TRAIN_ON)}")
-    encoder = _encoder(tokenizer, tuple(template.special_tokens.values()))
-    if "<think>" in encoder.ids and template.reads("reasoning_content"):
-        messages = [_with_reasoning_apart(message) for message in messages]
-    dicts = template.variables(messages)
-    tools = tools if template.reads("tools") else None
-    (dicts, tools), hidden = encoder.hide([dicts, tools])
-    layout = _lay_out(template, encoder, dicts, tools, add_generation_prompt)
+    dialogue = _prepare(tokenizer, template, messages, tools)
+    layout = _lay_out(dialogue, len(messages), add_generation_prompt)
     if add_generation_prompt:
-        learned = []
-    elif train_on == "all":
-        learned = [(0, len(layout.text))]
-    else:
-        learned = _learned_spans(template, layout, messages, train_on)
-    cuts = sorted({0, len(layout.text), *layout.cuts})
-    segments = [
-        (layout.text[start:end], any(first <= start and end <= last for first, last in learned))
-        for start, end in pairwise(cuts)
-    ]
-    tokens, mask = encoder.encode(segments, hidden)
-    if not add_generation_prompt and not mask[1:].any():
-        raise UnmaskableMessagesError(
-            f"the chat template {template.name} gives no token to learn for these messages; check that an assistant's "
-            "message is among them, and that the template writes its content"
-        )
-    return tokens, mask
+        return _encode(dialogue, layout, None)
+    if train_on == "all":
+        return _encode(dialogue, layout, [(0, len(layout.text))])
+    return _encode(dialogue, layout, _learned_spans(dialogue, layout, train_on))
+
+
+def encode_answers(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    train_on: str = "assistant",
+    tools: list[dict[str, Any]] | None = None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """[(tokens, learned)] of a dialogue, in which each answer is learned once, as it will be asked for.
+
+    One pair, that of `encode_messages`, where one rendering shows every answer so. Many templates write an answer otherwise
+    once more turns follow, as those that leave out earlier reasoning do: then the dialogue is rendered up to its last answer,
+    up to the last one that this does not show, and so on; pairs are in the order of their last answers. Raises as
+    `encode_messages`, where an answer is not even the last one as it is asked for.
+    """
+    try:
+        return [encode_messages(tokenizer, template, messages, train_on=train_on, tools=tools)]
+    except OneRenderingError:
+        dialogue = _prepare(tokenizer, template, messages, tools)
+    turns = _turns(dialogue.dicts)
+    left = _wanted(turns, messages, train_on)
+    pairs = []
+    while left:
+        layout = _lay_out(dialogue, turns[max(left)] + 1, False)
+        spans = _spans_by_answer(layout, left)
+        if max(left) not in spans:
+            raise UnmaskableMessagesError(_why_not(dialogue, layout, turns[max(left)]))
+        pairs.append(_encode(dialogue, layout, [span for place in sorted(spans) for span in spans[place]]))
+        left -= spans.keys()
+    return pairs[::-1]
 
 
 def _with_reasoning_apart(message: Message) -> Message:
@@ -149,6 +168,18 @@ def describe_template(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]
 
 
 @dataclass(frozen=True)
+class _Dialogue:
+    """Messages as a template sees them, with stand-ins for what spells a special token. hidden: what these stand for."""
+
+    template: ChatTemplate
+    encoder: "_Encoder"
+    messages: Sequence[Message]
+    dicts: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    hidden: dict[str, str]
+
+
+@dataclass(frozen=True)
 class _Layout:
     """A rendered dialogue. turns: number of each assistant's message; answers: its (start, end) in the text or None.
 
@@ -162,13 +193,51 @@ class _Layout:
     cuts: set[int]
 
 
-def _lay_out(
-    template: ChatTemplate, encoder: "_Encoder", messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool
-) -> _Layout:
-    """Render, and find the answers. The cuts before a point of the text do not depend on what comes behind it."""
+def _prepare(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], tools: list[dict[str, Any]] | None
+) -> _Dialogue:
+    encoder = _encoder(tokenizer, tuple(template.special_tokens.values()))
+    if "<think>" in encoder.ids and template.reads("reasoning_content"):
+        messages = [_with_reasoning_apart(message) for message in messages]
+    seen = [template.variables(messages), tools if template.reads("tools") else None]
+    (dicts, tools), hidden = encoder.hide(seen)
+    return _Dialogue(template, encoder, messages, dicts, tools, hidden)
+
+
+def _encode(
+    dialogue: _Dialogue, layout: _Layout, learned: list[tuple[int, int]] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, learned) of a rendering, of which these spans are learned; None for a prompt. Raises where nothing would be."""
+    cuts = sorted({0, len(layout.text), *layout.cuts})
+    segments = [
+        (layout.text[start:end], any(first <= start and end <= last for first, last in learned or ()))
+        for start, end in pairwise(cuts)
+    ]
+    tokens, mask = dialogue.encoder.encode(segments, dialogue.hidden)
+    if learned is not None and not mask[1:].any():
+        raise UnmaskableMessagesError(
+            f"the chat template {dialogue.template.name} gives no token to learn for these messages; check that an "
+            "assistant's message is among them, and that the template writes its content"
+        )
+    return tokens, mask
+
+
+def _turns(messages: Sequence[dict[str, Any]]) -> list[int]:
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _wanted(turns: list[int], messages: Sequence[Message], train_on: str) -> set[int]:
+    """The places in `turns` of the answers to learn."""
+    wanted = {place for place, turn in enumerate(turns) if messages[turn].trained}
+    return wanted & {len(turns) - 1} if train_on == "last" else wanted
+
+
+def _lay_out(dialogue: _Dialogue, stop: int, add_generation_prompt: bool) -> _Layout:
+    """Render the messages before `stop`, and find the answers. Cuts before a point of the text depend on nothing behind it."""
+    template, encoder, tools, messages = dialogue.template, dialogue.encoder, dialogue.tools, dialogue.dicts[:stop]
     rendered = template.render_marked(messages, tools, add_generation_prompt)
     text = rendered.replace(BEGIN, "").replace(END, "")
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = _turns(messages)
     starts = [_length_as_prefix(template, messages[:turn], tools, text) for turn in turns]
     answers = [
         None if start is None else _answer_span(template, encoder, messages[: turn + 1], tools, text, start)
@@ -260,33 +329,51 @@ def _with_owners(
     ]
 
 
-def _learned_spans(
-    template: ChatTemplate, layout: _Layout, messages: Sequence[Message], train_on: str
-) -> list[tuple[int, int]]:
-    """The spans of the text to learn. UnmaskableMessagesError where the template does not tell."""
-    wanted = {place for place, turn in enumerate(layout.turns) if messages[turn].trained}
-    if train_on == "last":
-        wanted &= {len(layout.turns) - 1}
+def _learned_spans(dialogue: _Dialogue, layout: _Layout, train_on: str) -> list[tuple[int, int]]:
+    """The spans of the text of the whole dialogue to learn. OneRenderingError where it does not show every answer."""
+    wanted = _wanted(layout.turns, dialogue.messages, train_on)
+    if layout.marked is not None and len(wanted) == len(layout.turns):
+        return [(start, end) for start, end, _ in layout.marked]
+    spans = _spans_by_answer(layout, wanted)
+    if not_shown := wanted - spans.keys():
+        raise OneRenderingError(_why_not(dialogue, layout, layout.turns[min(not_shown)]))
+    return [span for place in sorted(spans) for span in spans[place]]
+
+
+def _spans_by_answer(layout: _Layout, wanted: set[int]) -> dict[int, list[tuple[int, int]]]:
+    """{place: its spans of the text} of the wanted answers that this rendering shows as they would be asked for."""
+    if layout.marked is None:
+        shown = {place: layout.answers[place] for place in wanted if place < len(layout.answers)}
+        return {place: [span] for place, span in shown.items() if span is not None}
+    known = all(owner is not None for _, _, owner in layout.marked)  # else the last one's alone can be told
+    told = wanted if known else wanted & {len(layout.turns) - 1} & {owner for _, _, owner in layout.marked}
+    spans = {place: [(start, end) for start, end, owner in layout.marked if owner == place] for place in told}
+    return {place: found for place, found in spans.items() if place < len(layout.turns)}
+
+
+def _why_not(dialogue: _Dialogue, layout: _Layout, turn: int) -> str:
+    """A sentence that says which message of a dialogue cannot be learned, and why; without the message's own text."""
+    name = f"the chat template {dialogue.template.name}"
     if layout.marked is not None:
-        if len(wanted) == len(layout.turns):
-            return [(start, end) for start, end, _ in layout.marked]
-        if train_on == "assistant" and any(owner is None for _, _, owner in layout.marked):
-            raise UnmaskableMessagesError(
-                f"the chat template {template.name} does not tell which of its generation marks belongs to which message, "
-                "and not all of them are to be learned; mark each answer once"
-            )
-        return [(start, end) for start, end, owner in layout.marked if owner in wanted]
-    spans = [layout.answers[place] for place in sorted(wanted)]
-    if None in spans:
-        place = sorted(wanted)[spans.index(None)]
-        last_is_clear = train_on == "assistant" and layout.answers[-1] is not None
-        instead = "train on the last answer only (train_on last), or " if last_is_clear else ""
-        raise UnmaskableMessagesError(
-            f"the chat template {template.name} does not write message {layout.turns[place] + 1} of this dialogue as it "
-            "would be asked for and answered, and does not mark answers, so it cannot be told what to learn; "
-            f"{instead}put {{% generation %}} and {{% endgeneration %}} around the answers in the template"
+        return (
+            f"{name} does not tell which of its generation marks belongs to message {turn + 1}, and not all of them are to be "
+            "learned; mark each answer once"
         )
-    return [span for span in spans if span is not None]
+    before = dialogue.template, dialogue.dicts[:turn], dialogue.tools
+    prompt, history = (_render_part(*before, asks) for asks in (True, False))
+    if prompt is None:
+        why = "it does not ask for it"
+    elif layout.text.startswith(prompt):
+        why = "once more turns follow, it is written otherwise"
+    else:
+        agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, layout.text, strict=False)))
+        why = "what stands before an answer changes with the answer"
+        if history and prompt.startswith(history) and agreed >= len(history):
+            why = f"it is asked for with {prompt[len(history) :]!r}, and written without"
+    return (
+        f"{name} does not write message {turn + 1} of a dialogue as it would be asked for and answered: {why}; put "
+        "{% generation %} and {% endgeneration %} around the answers in the template"
+    )
 
 
 # ---- segments to ids -------------------------------------------------------------------------------------------------

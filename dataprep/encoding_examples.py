@@ -1,6 +1,7 @@
 """How does an example become the sequences that a stage learns from, and what happens to one that is too long?
 
-    chat         one sequence. Cut at max_length, its start kept; dropped if no token to learn is left
+    chat         one sequence; several where no one rendering shows every answer as it will be asked for (chat_tokens.py).
+                 Cut at max_length, its start kept; dropped if no token to learn is left
     text         one sequence, all of it learned. Cut likewise
     labelled     one sequence with the column "label" (1.0 or 0.0), its answer learned. Cut likewise
     preference   [chosen, rejected], which begin with the same prompt ids. Dropped if these fill max_length; else the answers
@@ -16,11 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataprep.chat_template import ChatTemplate, RefusedMessagesError
-from dataprep.chat_tokens import encode_messages, end_of_turn_id
+from dataprep.chat_tokens import UnmaskableMessagesError, encode_answers, encode_messages, end_of_turn_id
 from dataprep.examples import Example, Message
 from dataprep.tokenizers import Tokenizer
 from training.packing import Sequence
 
+_ONE_TEXT = "the chat template {} writes no one text that shows every answer of it as it would be asked for"
 _LEARNED, _PLAIN = "\x1b[32m", "\x1b[0m"  # green
 
 
@@ -28,12 +30,19 @@ _LEARNED, _PLAIN = "\x1b[32m", "\x1b[0m"  # green
 class Encoded:
     """sequences: of one example, none if it was dropped; dropped: why, in words fit for counting, else "".
 
-    truncated: whether tokens were cut off.
+    truncated: whether tokens were cut off. by_answer: whether several renderings were needed.
     """
 
     sequences: list[Sequence]
     dropped: str = ""
     truncated: bool = False
+    by_answer: bool = False
+
+
+def say_by_answer(count: int) -> list[str]:
+    """A sentence for the user where dialogues became several sequences."""
+    words = "dialogue is" if count == 1 else "dialogues are"
+    return [f"{count:,} {words} rendered answer by answer: the template hides earlier reasoning"] if count else []
 
 
 def encode_example(
@@ -41,8 +50,8 @@ def encode_example(
 ) -> Encoded:
     """The sequences of an example, each of at most max_length tokens, or why there are none (see the file's docstring).
 
-    train_on is for chats, see `encode_messages`. An example whose messages the template refuses, or whose messages have
-    trained=False throughout, is dropped. UserError where the template does not tell what is an answer.
+    train_on is for chats, see `encode_messages`. An example whose messages the template refuses or does not write as it asks
+    for them, or whose messages have trained=False throughout, is dropped.
     """
     try:
         if example.kind == "preference":
@@ -61,10 +70,15 @@ def encode_example(
             train_on = "assistant"
         if train_on != "all" and not any(_is_target(message) for message in example.messages):
             return Encoded([], "every assistant's message has weight 0")
-        tokens, learned = _encode_dialogue(tokenizer, template, example.messages, example.tools, train_on)
+        pairs = _encode_dialogue(tokenizer, template, example.messages, example.tools, train_on)
         columns = {"label": float(example.label)} if example.kind == "labelled" else {}
-        return _cut(tokens, learned, max_length, columns)
-    except RefusedMessagesError as refusal:
+        if example.kind == "labelled" and len(pairs) > 1:
+            return Encoded([], _ONE_TEXT.format(template.name))
+        cut = [_cut(tokens, learned, max_length, columns) for tokens, learned in pairs]
+        kept = [sequence for one in cut for sequence in one.sequences]
+        truncated = any(one.truncated for one in cut)
+        return Encoded(kept, "" if kept else cut[0].dropped, truncated, by_answer=len(pairs) > 1)
+    except (RefusedMessagesError, UnmaskableMessagesError) as refusal:
         return Encoded([], str(refusal))
 
 
@@ -97,7 +111,11 @@ def _encode_preference(tokenizer: Tokenizer, template: ChatTemplate, example: Ex
     for answer in (example.chosen, example.rejected):
         if not any(map(_is_target, answer)):
             return Encoded([], "every assistant's message has weight 0")
-        tokens, learned = _encode_dialogue(tokenizer, template, [*before, *answer], example.tools, "assistant")
+        (tokens, learned), *others = _encode_dialogue(
+            tokenizer, template, [*before, *answer], example.tools, "assistant"
+        )
+        if others:
+            return Encoded([], _ONE_TEXT.format(template.name))
         if not np.array_equal(tokens[: len(prompt)], prompt):
             return Encoded(
                 [], f"the chat template {template.name} writes the prompt otherwise with an answer behind it"
@@ -112,13 +130,13 @@ def _encode_preference(tokenizer: Tokenizer, template: ChatTemplate, example: Ex
 
 def _encode_dialogue(
     tokenizer: Tokenizer, template: ChatTemplate, messages: SequenceOf[Message], tools: list | None, train_on: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """`encode_messages` with an end-of-text token behind the last answer, learned if that is, where no other ends it."""
-    tokens, learned = encode_messages(tokenizer, template, messages, train_on=train_on, tools=tools)
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`encode_answers` with an end-of-text token behind the last answer, learned if that is, where no other ends it."""
+    *others, (tokens, learned) = encode_answers(tokenizer, template, messages, train_on=train_on, tools=tools)
     if messages[-1].role != "assistant" or end_of_turn_id(tokenizer, template) is not None:
-        return tokens, learned
+        return [*others, (tokens, learned)]
     learn = train_on == "all" or messages[-1].trained
-    return np.append(tokens, tokenizer.eos_token_id), np.append(learned, learn)
+    return [*others, (np.append(tokens, tokenizer.eos_token_id), np.append(learned, learn))]
 
 
 def _cut(tokens: np.ndarray, learned: np.ndarray, max_length: int, columns: dict[str, float] | None = None) -> Encoded:

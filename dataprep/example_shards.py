@@ -3,7 +3,8 @@
     python data_prep_tool.py --format sft --input_dir answers.jsonl --tokenizer_from MODEL --output_dir data/answers
 
 The folder is a dataset as shards.py has it. Its documents, all in the split train, are the sequences that
-encoding_examples.py makes, in order; a preference is two neighbours, chosen and rejected. Beside each shard lie
+encoding_examples.py makes, in order; a preference is two neighbours, chosen and rejected; a dialogue that is rendered answer
+by answer is several, which name the same row. Beside each shard lie
 
     dataset/train_00000_mask.bin, .idx     for each token whether it is learned: 1 or 0, as uint16
     dataset/train_00000_label.bin, .idx    of labelled answers only: for each document its label, 1 or 0, as uint16
@@ -31,7 +32,7 @@ import numpy as np
 from dataprep.assemble import SHARDS_FOLDER, publish
 from dataprep.chat_template import ChatTemplate, load_chat_template
 from dataprep.chat_tokens import describe_template
-from dataprep.encoding_examples import encode_example, show_example
+from dataprep.encoding_examples import encode_example, say_by_answer, show_example
 from dataprep.examples import ExampleSet, read_examples
 from dataprep.pipeline import STATE_FOLDER, locked_folder
 from dataprep.progress import Progress
@@ -116,12 +117,16 @@ def prepare_examples(options: ExampleOptions, progress: Progress) -> Metadata:
             return existing
         for line in (*describe_template(tokenizer, template), f"examples: {examples.format}", *examples.report):
             progress.say(line)
-        encoded, skipped = _encode(options, examples, tokenizer, template, progress)
+        encoded, skipped, by_answer = _encode(options, examples, tokenizer, template, progress)
         state = options.output_dir / STATE_FOLDER
         shutil.rmtree(state, ignore_errors=True)  # of a run that was interrupted: all of it is quickly made again
         _copy_tokenizer(options.tokenizer_from, state / "tokenizer")
         shards, further = _write_shards(state, encoded, tokenizer, [str(path) for path in paths], options.shard_tokens)
-        metadata = _metadata(options, recorded, sources, tokenizer, shards, further, skipped)
+        further_options = {
+            "further_files": {name: asdict(info) for name, info in further.items()},
+            "by_answer": by_answer,
+        }
+        metadata = _metadata(options, recorded, further_options, sources, tokenizer, shards, skipped)
         _publish(state, options.output_dir, metadata)
     _summarise(metadata, tokenizer, encoded, options.output_dir, progress)
     return metadata
@@ -201,14 +206,15 @@ def _existing(options: ExampleOptions, recorded: dict[str, Any], sources: list[d
 
 def _encode(
     options: ExampleOptions, examples: ExampleSet, tokenizer: Tokenizer, template: ChatTemplate, progress: Progress
-) -> tuple[list[_Encoded], Counter[str]]:
-    """The examples that can be learned from, in order, and how many others there are for each reason."""
-    encoded, dropped, truncated = [], Counter(), 0
+) -> tuple[list[_Encoded], Counter[str], int]:
+    """The examples that can be learned from, in order; how many others there are for each reason; how many by answer."""
+    encoded, dropped, truncated, by_answer = [], Counter(), 0, 0
     for example in examples.examples:
         one = encode_example(
             tokenizer, template, example, max_length=options.max_length, train_on=options.train_on
         )  # fmt: skip
         truncated += one.truncated
+        by_answer += one.by_answer
         if one.sequences:
             encoded.append(_Encoded(one.sequences, example.source))
         else:
@@ -217,9 +223,11 @@ def _encode(
         progress.say(f"{count:,} examples left out: {reason}")
     if truncated:
         progress.say(f"{truncated:,} examples cut off at --max_length {options.max_length}")
+    for line in say_by_answer(by_answer):
+        progress.say(line)
     if not encoded:
         raise UserError(f"no example of --input_dir {options.input_dir} can be learned from: {'; '.join(dropped)}")
-    return encoded, dropped
+    return encoded, dropped, by_answer
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -292,13 +300,12 @@ def _write(path: Path, content: bytes) -> dict[str, FileInfo]:
 
 
 def _metadata(
-    options: ExampleOptions, recorded: dict[str, Any], sources: list[dict[str, Any]], tokenizer: Tokenizer,
-    shards: list[ShardInfo], further: dict[str, FileInfo], skipped: Counter[str],
+    options: ExampleOptions, recorded: dict[str, Any], further: dict[str, Any], sources: list[dict[str, Any]],
+    tokenizer: Tokenizer, shards: list[ShardInfo], skipped: Counter[str],
 ) -> Metadata:  # fmt: skip
     files = {name: asdict(info) for shard in shards for name, info in shard.files.items()}
-    further_files = {name: asdict(info) for name, info in further.items()}
     dtype = token_dtype(tokenizer.vocab_size)
-    content = json.dumps([tokenizer.sha256, dtype, recorded, files, further_files], sort_keys=True)
+    content = json.dumps([tokenizer.sha256, dtype, recorded, files, further["further_files"]], sort_keys=True)
     totals = {name: sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "bytes")}
     return Metadata(
         dtype=dtype,
@@ -310,7 +317,7 @@ def _metadata(
         splits={"train": SplitInfo(**totals, shards=tuple(shards)), "val": _EMPTY_SPLIT},
         sources=sources,
         skipped={reason: {"count": count, "examples": []} for reason, count in sorted(skipped.items())},
-        options={**recorded, "further_files": further_files},
+        options={**recorded, **further},
         fingerprint=hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
     )
 
@@ -393,6 +400,16 @@ class ExampleShards(SequenceOf):
     def select(self, places: SequenceOf[int]) -> "ExampleShards":
         """Only the examples at these places, in their order."""
         return ExampleShards(self._folder, self._numbers[np.array(places, dtype=np.int64)])
+
+    def dialogues(self) -> list[list[int]]:
+        """The places of each dialogue's sequences: more than one where it was rendered answer by answer."""
+        if not self.metadata.options.get("by_answer"):
+            return [[place] for place in range(len(self))]
+        found: dict[tuple[str, int], list[int]] = {}
+        for place, number in enumerate(self._numbers.tolist()):
+            origin = self._tokens.document(number * self._group_size)
+            found.setdefault((origin.source, origin.position), []).append(place)
+        return list(found.values())
 
     def source(self, place: int) -> str:
         """Where the example at `place` came from: "file:row", rows counted from 1."""

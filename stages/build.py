@@ -20,7 +20,7 @@ from torch import nn
 
 from dataprep.chat_template import ChatTemplate, load_chat_template
 from dataprep.chat_tokens import describe_template, missing_tokens, stop_token_ids
-from dataprep.encoding_examples import encode_example, show_example
+from dataprep.encoding_examples import encode_example, say_by_answer, show_example
 from dataprep.example_shards import FORMATS, ExampleShards, template_digest
 from dataprep.examples import Example, ExampleSet, read_examples
 from dataprep.shards import Metadata, load_metadata, open_split
@@ -241,6 +241,8 @@ def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: d
     report.append(
         f"{len(train):,} examples to learn from, {len(held_out):,} held out; the first, what is learned marked:"
     )
+    if config.stage == "sft":
+        train, held_out = map(_one_by_one, (train, held_out))
     first = train[0] if isinstance(train[0], Prompt) else train[0][0]
     shown = Sequence(first.tokens, np.zeros(len(first.tokens), bool)) if isinstance(first, Prompt) else first
     report.append(show_example(tokenizer, shown, color=sys.stdout.isatty()))
@@ -328,12 +330,13 @@ def _encode(
             f"--train_data holds {examples.kind} examples ({examples.format}), and {_named(config)} learns from "
             f"{' or '.join(kinds)} examples; --rename_columns can say what the columns mean"
         )
-    groups, kept, dropped, truncated = [], [], Counter(), 0
+    groups, kept, dropped, truncated, by_answer = [], [], Counter(), 0, 0
     # a prompt of reinforcement learning leaves room for its answer
     room = max_length - config.max_new_tokens + 1 if config.stage in ("grpo", "ppo") else max_length
     for example in examples.examples:
         encoded = encode_example(tokenizer, template, example, max_length=room, train_on=config.train_on)
         truncated += encoded.truncated
+        by_answer += encoded.by_answer
         if encoded.sequences:
             groups.append(encoded.sequences)
             kept.append(example)
@@ -342,6 +345,7 @@ def _encode(
     report.extend(f"{count:,} examples left out: {reason}" for reason, count in dropped.most_common())
     if truncated:
         report.append(f"{truncated:,} examples cut off at --max_length {max_length}")
+    report.extend(say_by_answer(by_answer))
     if not groups:
         raise UserError(f"no example of --train_data can be learned from: {'; '.join(dropped)}")
     return groups, kept
@@ -357,13 +361,20 @@ def _is_kto(config: TrainConfig) -> bool:
 
 
 def _split(groups: list | ExampleShards, fraction: float) -> tuple[list | ExampleShards, list | ExampleShards]:
-    """(to learn from, held out), both in the order of the files; the same ones each time."""
-    count = math.ceil(len(groups) * fraction) if len(groups) > 1 else 0
-    chosen = set(np.random.default_rng(0).permutation(len(groups))[:count].tolist())
-    parts = [number for number in range(len(groups)) if number not in chosen], sorted(chosen)
+    """(to learn from, held out), both in the order of the files; the same ones each time. A dialogue is in one of them whole."""
+    dialogues = groups.dialogues() if isinstance(groups, ExampleShards) else [[number] for number in range(len(groups))]
+    count = math.ceil(len(dialogues) * fraction) if len(dialogues) > 1 else 0
+    chosen = set(np.random.default_rng(0).permutation(len(dialogues))[:count].tolist())
+    parts = [number for number in range(len(dialogues)) if number not in chosen], sorted(chosen)
+    places = [[place for number in part for place in dialogues[number]] for part in parts]
     if isinstance(groups, ExampleShards):
-        return tuple(map(groups.select, parts))
-    return tuple([groups[number] for number in part] for part in parts)
+        return tuple(map(groups.select, places))
+    return tuple([groups[place] for place in part] for part in places)
+
+
+def _one_by_one(groups: list | ExampleShards) -> list | ExampleShards:
+    """Each sequence of a dialogue as a sample of its own, which those of shards are."""
+    return [[sequence] for group in groups for sequence in group] if isinstance(groups, list) else groups
 
 
 def _reinforcement_stage(

@@ -13,6 +13,7 @@ from dataprep.chat_template import SHIPPED, ChatTemplate, RefusedMessagesError, 
 from dataprep.chat_tokens import (
     UnmaskableMessagesError,
     describe_template,
+    encode_answers,
     encode_messages,
     end_of_turn_id,
     stop_token_ids,
@@ -371,11 +372,17 @@ FORGETFUL = (  # writes the reasoning of the last answer only, as Qwen3's does
 )
 
 
-def test_a_template_that_rewrites_earlier_answers_is_an_error_unless_the_last_is_learned(tokenizer):
+def test_a_template_that_rewrites_earlier_answers_learns_each_in_a_rendering_of_its_own(tokenizer):
     template = template_of(FORGETFUL)
-    for name in ("two", "reasoning"):
-        with pytest.raises(UnmaskableMessagesError, match=r"message 2 .*train_on last.*generation"):
+    for name, expected in (("two", ["", ""]), ("reasoning", ["x", "y"])):
+        with pytest.raises(UnmaskableMessagesError, match=r"message 2 .*once more turns follow"):
             encode_messages(tokenizer, template, DIALOGUES[name])
+        pairs = encode_answers(tokenizer, template, DIALOGUES[name])
+        answers = [m.content for m in DIALOGUES[name] if m.role == "assistant"]
+        assert [learned_texts(tokenizer, *pair) for pair in pairs] == [
+            [f"<think>{reasoning}</think>{answer}<|im_end|>"]
+            for reasoning, answer in zip(expected, answers, strict=True)
+        ]
     tokens, learned = encode_messages(tokenizer, template, DIALOGUES["reasoning"], train_on="last")
     assert learned_texts(tokenizer, tokens, learned) == ["<think>y</think>B<|im_end|>"]
     prompt, _ = encode_messages(tokenizer, template, DIALOGUES["reasoning"][:3], add_generation_prompt=True)
