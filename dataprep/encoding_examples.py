@@ -5,14 +5,14 @@
     text         one sequence, all of it learned. Cut likewise
     labelled     one sequence with the column "label" (1.0 or 0.0), its answer learned. Cut likewise
     preference   [chosen, rejected], which begin with the same prompt ids. Dropped if these fill max_length; else the answers
-                 are cut, their starts kept
+                 are cut, their starts kept. A side of several turns may be several sequences, as a chat: see ENDS_SIDE
     prompt       the prompt that the template asks an answer to, nothing learned. Dropped if it fills max_length
 
 An end-of-text token is appended once, and learned, unless the template ends answers with a special token of its own.
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from dataprep.examples import Example, Message
 from dataprep.tokenizers import Tokenizer
 from training.packing import Sequence
 
+ENDS_SIDE = (
+    "ends_side"  # the column of a preference's sequences, where sides may have several: 1 for the last of one, else 0
+)
 _ONE_TEXT = "the chat template {} writes no one text that shows every answer of it as it would be asked for"
 _LEARNED, _PLAIN = "\x1b[32m", "\x1b[0m"  # green
 
@@ -106,37 +109,49 @@ def _encode_preference(tokenizer: Tokenizer, template: ChatTemplate, example: Ex
     prompt, _ = encode_messages(tokenizer, template, example.prompt, tools=example.tools, add_generation_prompt=True)
     if len(prompt) >= max_length:
         return Encoded([], f"the prompt fills max_length {max_length}")
-    pair, truncated = [], False
+    sides, truncated = [], False
     before = [Message(m.role, m.content, m.extra, trained=False) for m in example.prompt]
     for answer in (example.chosen, example.rejected):
         if not any(map(_is_target, answer)):
             return Encoded([], "every assistant's message has weight 0")
-        (tokens, learned), *others = _encode_dialogue(
-            tokenizer, template, [*before, *answer], example.tools, "assistant"
-        )
-        if others:
-            return Encoded([], _ONE_TEXT.format(template.name))
-        if not np.array_equal(tokens[: len(prompt)], prompt):
+        pairs = _encode_dialogue(tokenizer, template, [*before, *answer], example.tools, "assistant")
+        if not np.array_equal(pairs[0][0][: len(prompt)], prompt):
             return Encoded(
                 [], f"the chat template {template.name} writes the prompt otherwise with an answer behind it"
             )
-        encoded = _cut(tokens, learned, max_length)
-        if encoded.dropped:
-            return encoded
-        pair += encoded.sequences
-        truncated |= encoded.truncated
-    return Encoded(pair, truncated=truncated)
+        cut = [_cut(*pair, max_length) for pair in pairs]
+        if cut[0].dropped:
+            return cut[0]
+        sides.append([sequence for one in cut for sequence in one.sequences])
+        truncated |= any(one.truncated for one in cut)
+    if max(map(len, sides)) == 1:
+        return Encoded([side[0] for side in sides], truncated=truncated)
+    return Encoded([one for side in sides for one in _marked(side)], truncated=truncated, by_answer=True)
+
+
+def _marked(side: SequenceOf[Sequence]) -> list[Sequence]:
+    return [replace(one, columns={**one.columns, ENDS_SIDE: float(one is side[-1])}) for one in side]
+
+
+def with_marked_sides(groups: list[list[Sequence]]) -> list[list[Sequence]]:
+    """Preferences with ENDS_SIDE in all of them where one has a side of several sequences; else as they are."""
+    if all(len(group) == 2 for group in groups):
+        return groups
+    return [group if len(group) > 2 else [*_marked(group[:1]), *_marked(group[1:])] for group in groups]
 
 
 def _encode_dialogue(
     tokenizer: Tokenizer, template: ChatTemplate, messages: SequenceOf[Message], tools: list | None, train_on: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`encode_answers` with an end-of-text token behind the last answer, learned if that is, where no other ends it."""
-    *others, (tokens, learned) = encode_answers(tokenizer, template, messages, train_on=train_on, tools=tools)
-    if messages[-1].role != "assistant" or end_of_turn_id(tokenizer, template) is not None:
-        return [*others, (tokens, learned)]
-    learn = train_on == "all" or messages[-1].trained
-    return [*others, (np.append(tokens, tokenizer.eos_token_id), np.append(learned, learn))]
+    """`encode_answers` with an end-of-text token behind a last answer, learned if that is, where no other ends it."""
+    pairs = encode_answers(tokenizer, template, messages, train_on=train_on, tools=tools)
+    if end_of_turn_id(tokenizer, template) is not None:
+        return pairs
+    # rendered answer by answer, each text ends with an answer that is learned
+    learn = True if len(pairs) > 1 else train_on == "all" or messages[-1].trained
+    if len(pairs) == 1 and messages[-1].role != "assistant":
+        return pairs
+    return [(np.append(tokens, tokenizer.eos_token_id), np.append(learned, learn)) for tokens, learned in pairs]
 
 
 def _cut(tokens: np.ndarray, learned: np.ndarray, max_length: int, columns: dict[str, float] | None = None) -> Encoded:

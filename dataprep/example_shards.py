@@ -8,6 +8,7 @@ by answer is several, which name the same row. Beside each shard lie
 
     dataset/train_00000_mask.bin, .idx     for each token whether it is learned: 1 or 0, as uint16
     dataset/train_00000_label.bin, .idx    of labelled answers only: for each document its label, 1 or 0, as uint16
+    dataset/train_00000_ends_side.bin, …   of preferences only, where a side may be several documents: 1 for its last, else 0
 
 which are datasets of Megatron-LM too: document n of the mask belongs to document n of the tokens. metadata.json has in its
 `options` the format, the kind of the examples, their columns, what was learned, the chat template's digest, and the sizes
@@ -32,7 +33,7 @@ import numpy as np
 from dataprep.assemble import SHARDS_FOLDER, publish
 from dataprep.chat_template import ChatTemplate, load_chat_template
 from dataprep.chat_tokens import describe_template
-from dataprep.encoding_examples import encode_example, say_by_answer, show_example
+from dataprep.encoding_examples import ENDS_SIDE, encode_example, say_by_answer, show_example, with_marked_sides
 from dataprep.examples import ExampleSet, read_examples
 from dataprep.pipeline import STATE_FOLDER, locked_folder
 from dataprep.progress import Progress
@@ -124,6 +125,7 @@ def prepare_examples(options: ExampleOptions, progress: Progress) -> Metadata:
         shards, further = _write_shards(state, encoded, tokenizer, [str(path) for path in paths], options.shard_tokens)
         further_options = {
             "further_files": {name: asdict(info) for name, info in further.items()},
+            "further_columns": [name for name in encoded[0].sequences[0].columns if name not in recorded["columns"]],
             "by_answer": by_answer,
         }
         metadata = _metadata(options, recorded, further_options, sources, tokenizer, shards, skipped)
@@ -225,6 +227,9 @@ def _encode(
         progress.say(f"{truncated:,} examples cut off at --max_length {options.max_length}")
     for line in say_by_answer(by_answer):
         progress.say(line)
+    if examples.kind == "preference":
+        groups = with_marked_sides([one.sequences for one in encoded])
+        encoded = [one._replace(sequences=group) for one, group in zip(encoded, groups, strict=True)]
     if not encoded:
         raise UserError(f"no example of --input_dir {options.input_dir} can be learned from: {'; '.join(dropped)}")
     return encoded, dropped, by_answer
@@ -259,9 +264,9 @@ def _write_shards(
         files |= _write(folder / f"{name}.src", sources.tobytes())
         learned = np.concatenate([sequence.learned for sequence in sequences])
         further |= _write_dataset(folder / f"{name}_mask", learned, lengths, FLAG_DTYPE)
-        if "label" in sequences[0].columns:
-            labels = np.array([sequence.columns["label"] for sequence in sequences])
-            further |= _write_dataset(folder / f"{name}_label", labels, [1] * len(labels), FLAG_DTYPE)
+        for column in sequences[0].columns:
+            flags = np.array([sequence.columns[column] for sequence in sequences])
+            further |= _write_dataset(folder / f"{name}_{column}", flags, [1] * len(flags), FLAG_DTYPE)
         text_bytes = int(byte_lengths[tokens].sum(dtype=np.int64))
         shards.append(ShardInfo(name, len(tokens), len(sequences), text_bytes, files))
     return shards, further
@@ -327,7 +332,7 @@ def _publish(state: Path, output_dir: Path, metadata: Metadata) -> None:
     names = [name for shard in metadata.splits["train"].shards for name in shard.files]
     further = list(metadata.options["further_files"])
     publish(state, output_dir, [*names, *further], [state / "tokenizer"])
-    for column in ("mask", "label"):
+    for column in ("mask", "label", ENDS_SIDE):
         for path in (output_dir / DATASET_FOLDER).glob(f"train_*_{column}.*"):
             if path.name not in further:
                 path.unlink()
@@ -377,16 +382,19 @@ class ExampleShards(SequenceOf):
                     f"{path} is missing or not as long as {METADATA_FILE} says; prepare the data again with "
                     "data_prep_tool.py"
                 )
-        self._columns = options["columns"]
+        self._columns = [*options["columns"], *options.get("further_columns", ())]
         self._flags = {
             name: [np.memmap(folder / f"{shard.name}_{name}.bin", dtype="<u2", mode="r") for shard in shards]
             for name in ("mask", *self._columns)
         }
         self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)]).tolist()
         self._document_starts = np.cumsum([0, *(shard.documents for shard in shards)]).tolist()
-        self._group_size = 2 if options["kind"] == "preference" else 1
-        count = self._tokens.num_documents // self._group_size
-        self._numbers = np.arange(count) if numbers is None else numbers
+        size = 2 if options["kind"] == "preference" else 1
+        self._group_starts = np.arange(0, self._tokens.num_documents + 1, size)
+        if ENDS_SIDE in self._columns:
+            ends = np.flatnonzero(np.concatenate(self._flags[ENDS_SIDE]))  # of chosen, rejected, chosen, …
+            self._group_starts = np.concatenate([[0], ends[1::2] + 1])
+        self._numbers = np.arange(len(self._group_starts) - 1) if numbers is None else numbers
         self._folder = data_dir
 
     def __len__(self) -> int:
@@ -403,22 +411,21 @@ class ExampleShards(SequenceOf):
 
     def dialogues(self) -> list[list[int]]:
         """The places of each dialogue's sequences: more than one where it was rendered answer by answer."""
-        if not self.metadata.options.get("by_answer"):
+        if not self.metadata.options.get("by_answer") or self.metadata.options["kind"] == "preference":
             return [[place] for place in range(len(self))]
         found: dict[tuple[str, int], list[int]] = {}
         for place, number in enumerate(self._numbers.tolist()):
-            origin = self._tokens.document(number * self._group_size)
+            origin = self._tokens.document(int(self._group_starts[number]))
             found.setdefault((origin.source, origin.position), []).append(place)
         return list(found.values())
 
     def source(self, place: int) -> str:
         """Where the example at `place` came from: "file:row", rows counted from 1."""
-        origin = self._tokens.document(int(self._numbers[place]) * self._group_size)
+        origin = self._tokens.document(int(self._group_starts[self._numbers[place]]))
         return f"{origin.source}:{origin.position + 1}"
 
     def _group(self, number: int) -> list[Sequence]:
-        first = number * self._group_size
-        return [self._sequence(document) for document in range(first, first + self._group_size)]
+        return [self._sequence(document) for document in range(*self._group_starts[number : number + 2].tolist())]
 
     def _sequence(self, number: int) -> Sequence:
         origin = self._tokens.document(number)

@@ -20,7 +20,7 @@ from torch import nn
 
 from dataprep.chat_template import ChatTemplate, load_chat_template
 from dataprep.chat_tokens import describe_template, missing_tokens, stop_token_ids
-from dataprep.encoding_examples import encode_example, say_by_answer, show_example
+from dataprep.encoding_examples import encode_example, say_by_answer, show_example, with_marked_sides
 from dataprep.example_shards import FORMATS, ExampleShards, template_digest
 from dataprep.examples import Example, ExampleSet, read_examples
 from dataprep.shards import Metadata, load_metadata, open_split
@@ -348,7 +348,7 @@ def _encode(
     report.extend(say_by_answer(by_answer))
     if not groups:
         raise UserError(f"no example of --train_data can be learned from: {'; '.join(dropped)}")
-    return groups, kept
+    return with_marked_sides(groups) if examples.kind == "preference" else groups, kept
 
 
 def _kinds(config: TrainConfig) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataprep.encoding_examples import ENDS_SIDE
 from dataprep.progress import Progress
 from errors import UserError
 from kernels.linear_cross_entropy import token_statistics
@@ -29,6 +30,15 @@ from training.precision import Precision
 REFERENCE = "reference_logprob"  # the column of a sequence: log π_ref of its targets
 
 # ------------------------------------------------------------------------------------------------- the log-probabilities
+
+
+def by_side(values: Tensor, batch: MicroBatch) -> Tensor:
+    """(sequences,) summed to (sides,): the answers to a prompt of several turns may be several sequences (ENDS_SIDE)."""
+    if ENDS_SIDE not in batch.columns:
+        return values
+    ends = batch.columns[ENDS_SIDE]
+    side = (ends.cumsum(0) - ends).long()  # of each sequence
+    return values.new_zeros(int(ends.sum().item())).index_add(0, side, values)
 
 
 def sequence_logprobs(model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -97,6 +107,8 @@ def with_reference(data: ExampleData, logprobs: np.ndarray) -> ExampleData:
 class DPO:
     """Direct preference optimisation on groups [chosen, rejected], whose targets are the answers' tokens.
 
+    A side of several sequences counts as one, whose log-probability is their sum.
+
     loss_name: one of PAIR_LOSSES; beta, label_smoothing (sigmoid's alone) and gamma (simpo's alone) are explained there.
     """
 
@@ -116,9 +128,9 @@ class DPO:
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss, {metric: (sum, pairs)}). A pair in which an answer has no token counts nothing."""
         with without_dropout(unwrap(model)):
-            logprobs = sequence_logprobs(model, batch)
-            reference = None if self.loss_name in WITHOUT_REFERENCE else reference_of(model, batch)
-        lengths = _answer_lengths(batch)
+            logprobs = by_side(sequence_logprobs(model, batch), batch)
+            reference = None if self.loss_name in WITHOUT_REFERENCE else by_side(reference_of(model, batch), batch)
+        lengths = by_side(_answer_lengths(batch), batch)
         real = (lengths[0::2] > 0) & (lengths[1::2] > 0)
         # where a pair is not real, constants: the gradient stops there, whatever the loss makes of them
         columns = [logprobs, lengths] + ([] if reference is None else [reference])
@@ -174,8 +186,8 @@ def _answer_lengths(batch: MicroBatch) -> Tensor:
 
 
 def _real_groups(batch: MicroBatch, size: int) -> int:
-    """How many groups of `size` sequences have a target in each of them."""
-    return int((_answer_lengths(batch) > 0).view(-1, size).all(1).sum())
+    """How many groups of `size` sides have a target in each of them."""
+    return int((by_side(_answer_lengths(batch), batch) > 0).view(-1, size).all(1).sum())
 
 
 # --------------------------------------------------------------------------------------------------------- single answers

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataprep.encoding_examples import ENDS_SIDE
 from training.batches import MicroBatch
 from training.examples_data import ExampleFeed, Group, Metrics, use_sample_keys
 from training.parallel import unwrap
@@ -39,6 +41,8 @@ class Reward:
         use_sample_keys(unwrap(model), batch)
         scores = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
         scores = scores.flatten()[batch.last_tokens]  # (sequences,) fp32
+        if ENDS_SIDE in batch.columns:  # answers of several turns are judged where the last one ends
+            scores = scores[batch.columns[ENDS_SIDE] > 0]
         chosen, rejected = scores[0::2], scores[1::2]
         margin = batch.columns["margin"][0::2] if "margin" in batch.columns else 0.0
         losses = -F.logsigmoid(chosen - rejected - margin) + self.centring * (chosen + rejected).square()
@@ -57,4 +61,6 @@ class Reward:
         return self.feed.evaluate(model, self._micro_batches, self.loss, names, everything)
 
     def _micro_batches(self, groups: SequenceOf[Group]) -> list[MicroBatch]:
-        return [replace(batch, weight=len(batch.last_tokens) // 2) for batch in self.feed.pack(groups)]
+        batches = self.feed.pack(groups)
+        sides = [batch.columns.get(ENDS_SIDE, torch.ones(len(batch.last_tokens))) for batch in batches]
+        return [replace(batch, weight=int(ends.sum()) // 2) for batch, ends in zip(batches, sides, strict=True)]

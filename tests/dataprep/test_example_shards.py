@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -176,6 +177,59 @@ def test_a_stage_computes_the_same_from_shards_as_from_the_files(write, base, tm
         losses[way] = [opened.num_samples, opened.max_length, *some_losses(config, opened)]
     assert losses["files"] == losses["shards"]
     assert len(set(losses["files"])) > 8  # they are numbers, and not all the same one
+
+
+# writes reasoning in front of the last answer only, as Qwen3's template does
+HIDES_REASONING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last and m.role == 'assistant' %}"
+    "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+def test_a_template_that_hides_reasoning_gives_the_same_from_files_and_shards(write, tiny_data, tmp_path, stage):
+    """Dialogues of several turns are several sequences then, in one part of the data; a pair's sides count as wholes."""
+    kind = "chat" if stage == "sft" else "preference"
+    rows, template = write(kind), tmp_path / "hides.jinja"
+    template.write_text(HIDES_REASONING)
+    for number, file in enumerate(sorted(rows.iterdir())):
+        changed = [json.loads(line) for line in file.read_text().splitlines()]
+        for place, row in enumerate(changed):
+            mine = f"{10 * number + place}: "  # by which a dialogue can be told
+            if stage == "sft":
+                row["messages"][0]["content"] = mine + row["messages"][0]["content"]
+                continue
+            row["prompt"] = mine + row["prompt"]
+            for side in ("chosen", "rejected")[
+                : place % 3
+            ]:  # a call, what it gave, and the answer: on one side, both, none
+                turns = [("assistant", "two"), ("tool", "one"), ("assistant", row[side])]
+                row[side] = [{"role": role, "content": content} for role, content in turns]
+        file.write_text("\n".join(map(json.dumps, changed)))
+    said, base, found = Quiet(), tmp_path / "base", {}
+    shutil.copytree(tiny_data, base)
+    (base / "config.json").write_text(json.dumps(SHAPE.to_hf()))
+    made = options(rows, tmp_path / "data", kind, base, chat_template=str(template), overwrite=True)
+    prepare_examples(made, said)
+    assert any(
+        re.match(r"\d+ dialogues are rendered answer by answer: the template hides", line) for line in said.lines
+    )
+    for way, data in {
+        "files": {"train_data": [str(rows / "a.jsonl"), str(rows / "b.jsonl")]},
+        "shards": {"data_dir": [str(tmp_path / "data")]},
+    }.items():
+        config = TrainConfig(
+            stage=stage, dpo_loss="orpo", init_from="x", batch_size=4, max_length=MAX_LENGTH, eval_fraction=0.2,
+            save_dir=str(tmp_path / way), chat_template=str(template), **data,
+        )  # fmt: skip
+        opened = open_stage_data(config, base, MAX_LENGTH)
+        found[way] = [opened.num_samples, *some_losses(config, opened)]
+        train, held_out = (
+            [bytes(group[0].tokens[:12]) for group in part.groups] for part in (opened.train, opened.held_out)
+        )
+        assert held_out and not set(train) & set(held_out)  # no prompt is in both
+    assert found["files"] == found["shards"] and len(set(found["files"])) > 8
 
 
 def some_losses(config: TrainConfig, opened) -> list[float]:

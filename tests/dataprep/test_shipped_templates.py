@@ -159,7 +159,8 @@ def test_each_answer_is_learned_once_as_it_would_be_generated(name, dialogue, ma
         for before, text in learned_runs(tokenizer, sequence):
             (n,) = [n for n in left if asked[n] == before]
             answer = written[n][len(before) :]
-            if not answer.rstrip().endswith((">", ROLES["eos_token"])) and n == turns[-1]:
+            is_end = len(before + text) == len(tokenizer.decode(sequence.tokens.tolist(), skip_special=False))
+            if is_end and not answer.rstrip().endswith((">", ROLES["eos_token"])):
                 answer = (
                     answer.rstrip() + ROLES["eos_token"]
                 )  # no token of the template ends it, so the end of text does

@@ -2,12 +2,14 @@
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from dataprep.encoding_examples import ENDS_SIDE
 from errors import UserError
 from stages.dpo import DPO, KTO, REFERENCE, reference_logprobs, with_mismatches, with_reference
 from stages.preference_losses import PAIR_LOSSES, WITHOUT_REFERENCE
@@ -423,3 +425,28 @@ def test_kto_and_its_gradients_are_trls():
     )  # fmt: skip
     assert theirs[2]["kl"] > 0
     assert_same_step(a_kto_stage(referenced(groups), a_model()), theirs)
+
+
+def test_a_side_of_several_sequences_counts_as_their_sum():
+    """Answers of several turns, of which no one text shows all: log p of a side is that of its parts, each by itself."""
+    drawn = iter(some_examples(7, size=1, shortest=6, longest=12))
+    sizes = [(2, 1), (1, 1), (1, 2)]  # sequences of chosen and of rejected, of each pair
+    pairs = [[[next(drawn)[0] for _ in range(size)] for size in sides if size] for sides in sizes[:2]]
+    pairs.append([[next(drawn)[0]], [next(drawn)[0]]])
+    groups = [
+        [replace(one, columns={ENDS_SIDE: float(one is side[-1])}) for side in pair for one in side] for pair in pairs
+    ]
+    reference = a_model(REFERENCE_SEED)
+    stage = a_stage(referenced(groups), batch_size=3)
+    truth = a_model()
+    ratios = [
+        [sum((answer_logprob(truth, one) - answer_logprob(reference, one)).item() for one in side) for side in pair]
+        for pair in pairs
+    ]
+    expected = sum(math.log1p(math.exp(-BETA * (chosen - rejected))) for chosen, rejected in ratios)
+    batches = next(stage.batches(0))
+    found = [stage.loss(a_model(), batch) for batch in batches]
+    assert sum(batch.weight for batch in batches) == 3
+    assert abs(sum(loss.item() for loss, _ in found) - expected) < 1e-4
+    chosen = sum(metrics["rewards/chosen"][0].item() for _, metrics in found)
+    assert abs(chosen - BETA * sum(ratio for ratio, _ in ratios)) < 1e-4
