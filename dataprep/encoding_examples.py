@@ -44,7 +44,7 @@ class Encoded:
 
 def say_by_answer(count: int) -> list[str]:
     """A sentence for the user where dialogues became several sequences."""
-    words = "dialogue is" if count == 1 else "dialogues are"
+    words = "dialogue" if count == 1 else "dialogues"
     return [f"{count:,} {words} rendered answer by answer: the template hides earlier reasoning"] if count else []
 
 
@@ -80,7 +80,7 @@ def encode_example(
         cut = [_cut(tokens, learned, max_length, columns) for tokens, learned in pairs]
         kept = [sequence for one in cut for sequence in one.sequences]
         truncated = any(one.truncated for one in cut)
-        return Encoded(kept, "" if kept else cut[0].dropped, truncated, by_answer=len(pairs) > 1)
+        return Encoded(kept, "" if kept else cut[0].dropped, truncated, by_answer=len(pairs) > 1 and bool(kept))
     except (RefusedMessagesError, UnmaskableMessagesError) as refusal:
         return Encoded([], str(refusal))
 

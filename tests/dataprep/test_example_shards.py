@@ -212,9 +212,7 @@ def test_a_template_that_hides_reasoning_gives_the_same_from_files_and_shards(wr
     (base / "config.json").write_text(json.dumps(SHAPE.to_hf()))
     made = options(rows, tmp_path / "data", kind, base, chat_template=str(template), overwrite=True)
     prepare_examples(made, said)
-    assert any(
-        re.match(r"\d+ dialogues are rendered answer by answer: the template hides", line) for line in said.lines
-    )
+    assert any(re.match(r"\d+ dialogues rendered answer by answer: the template hides", line) for line in said.lines)
     for way, data in {
         "files": {"train_data": [str(rows / "a.jsonl"), str(rows / "b.jsonl")]},
         "shards": {"data_dir": [str(tmp_path / "data")]},
