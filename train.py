@@ -55,7 +55,7 @@ from training.precision import LossScaler, Precision, choose_precision
 from training.resume import check_data_order, find_checkpoint
 from training.run_files import read_history
 from training.schedule import learning_rate_factor
-from training.stage_plan import check_plan, read_plan
+from training.stage_plan import check_plan, read_as, read_plan
 from training.standing import Pins, stand_on
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     elif first_look.checkpoint is None:  # else the checkpoint may still give what is missing
         resolve_config(given)
     ranks = start_ranks(first_look.device)
+    if "config" in given and ranks.is_main:
+        for line in read_as(given["config"], given.get("stage")):
+            print(line, flush=True)
     if stages:
         exit_code = run_plan(stages, given, first_look, ranks, run_stage)
     else:
@@ -383,7 +386,7 @@ class Run:
         result = checkpoints.save(
             self.config.save_dir, step, model=self.model, optimizers=self.optimizers, state=state, files=files,
             keep_checkpoints=self.config.keep_checkpoints, stop_ids=self.data.stop_ids,
-            **checkpoint_parts(self.config, self.model, self.data.tokenizer_folder if self.config.lora else None),
+            **checkpoint_parts(self.config, self.model, Path(self.config.init_from) if self.config.lora else None),
         )  # fmt: skip
         if result.ok:
             self.failed_saves, self.saved_step = 0, step

@@ -51,6 +51,9 @@ class Forked:
     def send(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
     def wait(self, seconds: float = 120) -> Ended:
         self._process.join(seconds)
         assert self._process.exitcode is not None, "the run hangs"

@@ -249,6 +249,8 @@ def _above_chance(run: RunHistory) -> str | None:
     warmup = number(config.get("warmup_steps"))
     if not math.isfinite(warmup):  # train.py's default
         warmup = min(2000, number(run.run.get("max_steps")) // 10)
+    elif warmup < 1:  # a share
+        warmup *= number(run.run.get("max_steps"))
     steps, losses = _finite_losses(run)
     after = losses[steps > warmup][-_BLOCK:]
     if len(after) < _BLOCK // 2 or not math.isfinite(chance):

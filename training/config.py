@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import tomllib
 import types
 import typing
@@ -23,6 +24,7 @@ from arguments import ArgumentParser, did_you_mean
 from errors import UserError
 from kernels.attention import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
+from training.foreign_config import NAMES, Translation, is_foreign, translate
 from training.optimizers import OPTIMIZERS
 from training.schedule import SCHEDULES
 
@@ -137,7 +139,7 @@ class TrainConfig:
     max_steps: int = option("optimization", "optimizer steps of the run (fine-tuning: from --num_epochs where it is not given)", 100_000)
     num_epochs: float | None = option("optimization", "fine-tuning: passes over --train_data (default: 3 for sft, 1 otherwise)", None)
     learning_rate: float = option("optimization", "peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4)
-    warmup_steps: int | None = option("optimization", "steps of linear warm-up (default: 2000, or a tenth of --max_steps where that is less)", None)
+    warmup_steps: float | None = option("optimization", "steps of linear warm-up, or below 1 a share of --max_steps (default: 2000, or a tenth of --max_steps where that is less)", None)
     schedule: str = option("optimization", "after the warm-up: cosine, linear, or wsd (constant, then linear over the last --decay_fraction)", "wsd", SCHEDULES)
     decay_fraction: float = option("optimization", "share of the run over which wsd decays", 0.5)
     min_lr_fraction: float = option("optimization", "the last step's learning rate as a fraction of the peak", 0.0)
@@ -224,7 +226,9 @@ class TrainConfig:
 
     @property
     def resolved_warmup_steps(self) -> int:
-        return min(2000, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
+        if self.warmup_steps is None:
+            return min(2000, self.max_steps // 10)
+        return math.ceil(self.warmup_steps * self.max_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
 
     def _validate_stage(self, data_needed: bool) -> None:
         if self.stage == "pretrain":
@@ -343,7 +347,7 @@ def resolve_config(
     """
     given = dict(given)
     config_file = given.pop("config", None)
-    from_file = read_config_file(config_file) if config_file else {}
+    from_file = read_config_file(config_file, given.get("stage"), bool(saved)) if config_file else {}
     chosen = {**(saved or {}), **from_file, **given}
     layers = [
         ("stage", _stage_defaults(chosen.get("stage", "pretrain"), chosen.get("lora", False))),
@@ -467,14 +471,28 @@ def read_config_content(path: str) -> dict[str, Any]:
     return content
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """The options that a .yaml, .yml, .toml or .json file sets, each coerced to its option's type. Raises UserError."""
+def translated(path: str, stage: str | None) -> Translation:
+    """What a file without stages sets, in our words where it has others; stage: of the command line. Raises UserError."""
+    content = read_config_content(path)
+    if not is_foreign(content, [spec.name for spec in fields(TrainConfig)]):
+        return Translation(content)
+    return translate(content, path, world_size=int(os.environ.get("WORLD_SIZE", 1)), stage=stage)
+
+
+def read_config_file(path: str, stage: str | None = None, resumed: bool = False) -> dict[str, Any]:
+    """The options that a .yaml, .yml, .toml or .json file sets, each coerced to its option's type. Raises UserError.
+
+    resumed: without what follows from the number of ranks, for a run keeps its batch.
+    """
     specs = {spec.name: spec for spec in fields(TrainConfig)}
-    options = {}
-    for key, value in read_config_content(path).items():
+    options, found = {}, translated(path, stage)
+    for key, value in found.options.items():
         name = str(key).replace("-", "_")
+        if resumed and name in found.derived:
+            continue
         if name not in specs:
-            raise UserError(f"--config {path} sets {key!r}, which is not an option{did_you_mean(name, specs)}")
+            known = did_you_mean(name, [*specs, *NAMES])
+            raise UserError(f"--config {path} sets {key!r}, which is not an option{known}")
         options[name] = coerce_option(specs[name], value, path)
     return options
 

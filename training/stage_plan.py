@@ -19,8 +19,10 @@ with an `init_from` of its own starts there. The command line wins over the file
 --init_from, like one above the stages, is where the first stage starts.
 """
 
+import os
 import re
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ from training.config import (
     read_config_content,
     refuse_unread,
     resolve_config,
+    translated,
 )
+from training.foreign_config import NAMES, is_foreign, translate_plan
 
 _OF_THE_RUN = ("save_dir", "checkpoint", "device")  # options that all stages have in common
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -46,17 +50,19 @@ _SPECS = {spec.name: spec for spec in fields(TrainConfig)}
 class PlannedStage:
     """title: "stage 2 of 3 (answers)"; folder: "2_answers", below --save_dir; options: what the file sets for it.
 
-    own: the options among them that its own table sets, and not the lines above the stages.
+    own: the options among them that its own table sets, and not the lines above the stages. derived: those that follow from
+    the number of ranks. text_data: files of text rows to pretrain on, which are prepared first. timestamped: --save_dir is where
+    each start of the plan has a folder of its own.
     """
 
     title: str
     folder: str
     options: dict[str, Any]
     own: frozenset[str]
-
-    @property
-    def is_first(self) -> bool:
-        return self.folder.startswith("1_")
+    is_first: bool = True
+    derived: frozenset[str] = frozenset()
+    text_data: tuple[str, ...] = ()
+    timestamped: bool = False
 
     @property
     def gives_language_model(self) -> bool:
@@ -75,12 +81,15 @@ def read_plan(path: str) -> list[PlannedStage]:
     content = read_config_content(path)
     if "stages" not in content:
         return []
-    tables = content.pop("stages")
-    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"--config {path}: stages must be a list of tables, each with a stage and its options")
+    content, _, derived = in_our_words(content, path)
+    tables, task_folder = content.pop("stages"), content.pop("task_folder", None)
     shared = _checked(content, path)
+    timestamped = task_folder is not None and "save_dir" not in shared
+    if timestamped:
+        shared["save_dir"] = task_folder
     stages = []
     for number, table in enumerate(tables, start=1):
+        folder, text_data = table.pop("folder", None), table.pop("text_data", ())
         name = str(table.pop("name", table.get("stage", shared.get("stage", "pretrain"))))
         where = f"{path}, stage {number} ({name})"
         if not _FOLDER_NAME.fullmatch(name):
@@ -89,9 +98,44 @@ def read_plan(path: str) -> list[PlannedStage]:
         if misplaced := [option for option in _OF_THE_RUN if option in options]:
             raise UserError(f"--config {where} sets {misplaced[0]}, which all stages share: set it above them")
         title = f"stage {number} of {len(tables)} ({name})"
-        stages.append(PlannedStage(title, f"{number}_{name}", shared | options, frozenset(options)))
+        stages.append(
+            PlannedStage(
+                title,
+                folder or f"{number}_{name}",
+                shared | options,
+                frozenset(options),
+                number == 1,
+                frozenset(derived[number - 1]),
+                tuple(text_data),
+                timestamped,
+            )
+        )
         shared.pop("init_from", None)
+    if twice := [
+        one.folder for one, other in pairwise(sorted(stages, key=lambda s: s.folder)) if one.folder == other.folder
+    ]:
+        raise UserError(
+            f"--config {path}: two stages would be in the folder {twice[0]}: give each a stage_name of its own"
+        )
     return stages
+
+
+def in_our_words(content: dict[str, Any], path: str) -> tuple[dict[str, Any], list[str], list[set[str]]]:
+    """A file with stages as `translate_plan` gives it, or as it is where all its names are ours. Raises UserError."""
+    tables = content["stages"]
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"--config {path}: stages must be a list of tables, each with a stage and its options")
+    if not is_foreign(content, _SPECS):
+        return content, [], [set() for _ in tables]
+    return translate_plan(content, path, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def read_as(path: str, stage: str | None) -> list[str]:
+    """Sentences that say what the names of another tool's file were read as; none for a file with our names alone."""
+    content = read_config_content(path)
+    if "stages" in content:
+        return in_our_words(content, path)[1]
+    return [f"--config {path}: {line}" for line in translated(path, stage).lines]
 
 
 def check_plan(stages: list[PlannedStage], flags: dict[str, Any]) -> None:
@@ -107,6 +151,8 @@ def check_plan(stages: list[PlannedStage], flags: dict[str, Any]) -> None:
             )
         if not stage.is_first and config.init_from is None:
             config = replace(config, init_from="the stage before")
+        if stage.text_data:
+            config = replace(config, data_dir=list(stage.text_data))
         try:
             config.validate()
             refuse_unread(config, stage.own)
@@ -145,6 +191,7 @@ def _checked(options: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in options.items():
         name = str(key).replace("-", "_")
         if name not in _SPECS:
-            raise UserError(f"--config {where} sets {key!r}, which is not an option{did_you_mean(name, _SPECS)}")
+            known = did_you_mean(name, [*_SPECS, *NAMES])
+            raise UserError(f"--config {where} sets {key!r}, which is not an option{known}")
         checked[name] = coerce_option(_SPECS[name], value, where)
     return checked
