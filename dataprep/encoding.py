@@ -21,7 +21,7 @@ from dataprep.tokenizers import (
     without_special_tokens,
 )
 
-PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 14  # the work in a word grows faster than its length; a longer one is cut: split_pieces
 
 # The split pattern that `ByteLevel(use_regex=True)` has built in.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -119,23 +119,26 @@ def split_pieces(chunks: Iterable[str], limit: int = PIECE_CHARACTERS) -> Iterat
     rest = ""
     for chunk in chunks:
         rest += chunk
-        while len(rest) > limit:
-            cut = _last_safe_cut(rest, limit)
-            yield rest[:cut]
-            rest = rest[cut:]
+        start = 0
+        while len(rest) - start > limit:
+            cut = _last_safe_cut(rest, start, start + limit)
+            yield rest[start:cut]
+            start = cut
+        rest = rest[start:]
     if rest:
         yield rest
 
 
-def _last_safe_cut(text: str, limit: int) -> int:
-    space = text.rfind(" ", 1, limit)
+def _last_safe_cut(text: str, start: int, stop: int) -> int:
+    """The last safe place between them; `stop` where there is none."""
+    space = text.rfind(" ", start + 1, stop)
     while space > 0 and text[space - 1].isspace():
-        space = text.rfind(" ", 1, space)
-    newline = text.rfind("\n", 1, limit)
+        space = text.rfind(" ", start + 1, space)
+    newline = text.rfind("\n", start + 1, stop)
     while newline > 0 and (text[newline - 1].isspace() or text[newline + 1].isspace() or text[newline + 1] == "/"):
-        newline = text.rfind("\n", 1, newline)
+        newline = text.rfind("\n", start + 1, newline)
     cut = max(space, newline + 1 if newline > 0 else 0)
-    return cut if cut > 0 else limit
+    return cut if cut > 0 else stop
 
 
 def _obstacle(tokenizer: Tokenizer) -> str | None:

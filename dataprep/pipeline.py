@@ -365,10 +365,11 @@ def _make_tokenizer(plan: Plan, options: Options, progress: Progress) -> dict[st
 
     common = {
         "vocab_size": options.vocab_size, "eos_token": eos_token, "max_length": max_length, "chosen": options.special_tokens,
+        "say": progress.say,
     }  # fmt: skip
     if kind == "wordpiece":
         return train_wordpiece(documents, **common)
-    return train_bpe(documents(), pretokenizer=options.pretokenizer, **common)
+    return train_bpe(documents, pretokenizer=options.pretokenizer, **common)
 
 
 def _existing_tokenizer(options: Options) -> dict[str, bytes]:

@@ -4,10 +4,12 @@ Each function returns the two files of a tokenizer folder as a dict of name to b
 with any number of threads, give the same bytes.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +37,8 @@ PATTERNS = {
 TIKTOKEN_PATTERNS = {"gpt2": "gpt2", "cl100k_base": "llama3", "o200k_base": "gpt4o"}
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LONGEST_WORD = 256  # characters; see _cut
+_LONG_RUN = 64  # characters without a space between, from which on a run counts as text without breaks; see _thinned
+_ALL_KEPT = 2_000_000  # bytes of such text that are all trained on; of more, a quarter
 _ALPHABET_LIMIT = 1000  # characters that WordPiece may learn, the usual figure of BERT tokenizers
 
 
@@ -52,17 +56,19 @@ def specials_of(kind: str, vocab_size: int, eos_token: str, chosen: Sequence[str
 
 
 def train_bpe(
-    documents: Iterable[str],
+    documents: Callable[[], Iterable[str]],
     *,
     vocab_size: int,
     pretokenizer: str,
     eos_token: str,
     max_length: int,
     chosen: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, bytes]:
     """A byte-level BPE. Id 0 ends documents and 1 pads, then come the other special tokens, 256 bytes, and merges as learned.
 
     A pair must occur twice to be merged, so a small corpus gives fewer ids than `vocab_size`. chosen: see special_tokens.
+    `documents` is iterated twice.
     """
     specials = specials_of("bpe", vocab_size, eos_token, chosen)
     tokenizer = HFTokenizer(models.BPE())
@@ -75,7 +81,7 @@ def train_bpe(
         initial_alphabet=list(bytes_to_characters().values()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(_thinned(documents, say), trainer)
     tokenizer.pre_tokenizer = _byte_level(pretokenizer)
     return _files(
         tokenizer, tokenizer_config(eos_token, "bpe", max_length, {"pad_token": PAD, **chat_config(specials)})
@@ -89,6 +95,7 @@ def train_wordpiece(
     eos_token: str,
     max_length: int,
     chosen: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, bytes]:
     """A cased WordPiece with BERT's five special tokens, an end of text and the others. `documents` is iterated twice.
 
@@ -122,7 +129,7 @@ def train_wordpiece(
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    learner.train_from_iterator(documents(), trainer)
+    learner.train_from_iterator(_thinned(documents, say), trainer)
     vocabulary = json.loads(learner.to_str())["model"]["vocab"]
 
     tokenizer = HFTokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -213,6 +220,35 @@ def _cut() -> pre_tokenizers.PreTokenizer:
     a token of so many characters would be of no use; encoding sees words whole.
     """
     return pre_tokenizers.Split(Regex(rf"[\s\S]{{{_LONGEST_WORD}}}"), behavior="isolated")
+
+
+def _thinned(documents: Callable[[], Iterable[str]], say: Callable[[str], None]) -> Iterator[str]:
+    """The documents to train on, of whose text without breaks a part is left out where there is much of it.
+
+    Words of other text come again and again, and are counted once; of Chinese or of protein letters each piece is new, and
+    training would take ten times as long for each byte. Which pieces are kept follows from a hash of them, so that their order
+    does not matter.
+    """
+    runs = re.compile(rf"\S{{{_LONG_RUN},}}")
+    long = sum(len(run.encode()) for text in documents() for run in runs.findall(text))
+    share = 1.0 if long <= _ALL_KEPT else max(_ALL_KEPT, long / 4) / long
+
+    if share < 1.0:
+        say(
+            f"tokenizer: {long / 1e6:,.1f} MB of the text have no breaks; {share * long / 1e6:,.1f} MB of these are trained on"
+        )
+
+    def kept(run: re.Match) -> str:
+        pieces = [run[0][start : start + _LONGEST_WORD] for start in range(0, len(run[0]), _LONGEST_WORD)]
+        return "\n".join(piece for piece in pieces if _fraction(piece) < share)
+
+    for text in documents():
+        yield text if share == 1.0 else runs.sub(kept, text)
+
+
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that follows from the text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
 def _special(token: str) -> AddedToken:

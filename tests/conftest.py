@@ -123,7 +123,7 @@ def bare_tokenizer():
     from dataprep.train_tokenizer import train_bpe
 
     files = train_bpe(
-        ["the user asks and the assistant answers, system or not"] * 3,
+        lambda: ["the user asks and the assistant answers, system or not"] * 3,
         vocab_size=300, pretokenizer="llama3", eos_token="<|endoftext|>", max_length=128, chosen=(),
     )  # fmt: skip
     return Tokenizer.of_files(files, Path("tokenizer.json"))

@@ -41,7 +41,7 @@ def write(folder, files):
 
 def bpe_files(pretokenizer="llama3", documents=TRAINING, vocab_size=600):
     return train_bpe(
-        documents, vocab_size=vocab_size, pretokenizer=pretokenizer, eos_token="<|endoftext|>", max_length=128
+        lambda: documents, vocab_size=vocab_size, pretokenizer=pretokenizer, eos_token="<|endoftext|>", max_length=128
     )
 
 
@@ -220,7 +220,7 @@ def test_text_without_breaks_trains_on_words_of_bounded_length_and_encodes_them_
     """A word that occurs twice would otherwise become one token of its whole length, merge by merge (tokenizers#1395)."""
     word = "".join(random.Random(1).choices("ACDEFGHIKLMNPQRSTVWY", k=5000))
     files = train_bpe(
-        [word, f" {word}"], vocab_size=9000, pretokenizer=pretokenizer, eos_token="<|endoftext|>", max_length=64
+        lambda: [word, f" {word}"], vocab_size=9000, pretokenizer=pretokenizer, eos_token="<|endoftext|>", max_length=64
     )
     definition = json.loads(files["tokenizer.json"])
     assert max(len(token) for token in definition["model"]["vocab"]) <= 257
@@ -240,6 +240,27 @@ def test_words_up_to_the_bound_train_as_before():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_tokenizer, "_LONGEST_WORD", longest)
             made[longest] = train_bpe(
-                text, vocab_size=800, pretokenizer="gpt2", eos_token="<|endoftext|>", max_length=64
+                lambda: text, vocab_size=800, pretokenizer="gpt2", eos_token="<|endoftext|>", max_length=64
             )
     assert made[256] == made[10**5]
+
+
+def test_of_much_text_without_breaks_a_part_is_trained_on_whatever_its_order(monkeypatch):
+    """Its words are all new, so the trainer's work would grow with its length as it does not for other text."""
+    monkeypatch.setattr(train_tokenizer, "_ALL_KEPT", 10_000)
+    rng = random.Random(3)
+    runs = ["".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=4000)) for _ in range(20)]
+    words = [" ".join(rng.choices(["the", "model", "reads"], k=50)) for _ in range(20)]
+
+    def trained(documents: list[str]) -> tuple[dict[str, bytes], list[str], int]:
+        seen, said = [], []
+        for text in train_tokenizer._thinned(lambda: documents, said.append):
+            seen.append(text)
+        settings = {"vocab_size": 700, "pretokenizer": "llama3", "eos_token": "<|endoftext|>", "max_length": 64}
+        return train_bpe(lambda: documents, **settings), said, sum(map(len, seen))
+
+    files, said, kept = trained([*runs, *words])
+    assert 0.15 * 80_000 < kept - sum(map(len, words)) < 0.35 * 80_000  # a quarter, by the chance of a hash
+    assert len(said) == 1 and "no breaks" in said[0]
+    assert trained([*words[::-1], *runs[::-1]])[0] == files
+    assert trained(words)[1:] == ([], sum(map(len, words)))  # other text is left as it is
