@@ -11,6 +11,8 @@ DEV_REQUIREMENTS ?= requirements-dev-cpu.txt
 endif
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# what pip says of retries is shown only where it fails: that an index cannot be reached is no fault if another has the package
+AND_SAY_WHY = 2>$(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 1; }
 
 .PHONY: demo test lint setup clean
 
@@ -31,14 +33,14 @@ $(VENV)/.installed: requirements.txt $(TORCH_REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@echo "installing into $(VENV): $(if $(TORCH_REQUIREMENTS),torch for the CPU (0.2 GB to download),torch as pip chooses it (up to 3 GB to download)), then the rest (0.2 GB)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(if $(TORCH_REQUIREMENTS),$(PIP) --quiet --retries 1 --no-deps -r $(TORCH_REQUIREMENTS))
-	@$(PIP) -r requirements.txt
+	@$(if $(TORCH_REQUIREMENTS),$(PIP) --retries 1 --no-deps -r $(TORCH_REQUIREMENTS) $(AND_SAY_WHY))
+	@$(PIP) -r requirements.txt $(AND_SAY_WHY)
 	@$(VENV)/bin/python -c "from importlib.metadata import version; found = version('torch'); print('installed torch', found + ('' if '+cpu' in found or not '$(TORCH_REQUIREMENTS)' else ': the index of CPU builds gave none, so it is PyPI\047s, with CUDA'))"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt $(DEV_REQUIREMENTS)
 	@echo "installing what the tests need (0.6 GB to download)"
-	@$(PIP) -r requirements-dev.txt $(addprefix -r ,$(DEV_REQUIREMENTS))
+	@$(PIP) -r requirements-dev.txt $(addprefix -r ,$(DEV_REQUIREMENTS)) $(AND_SAY_WHY)
 	@touch $@
 
 clean:

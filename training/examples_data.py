@@ -29,7 +29,7 @@ Metrics = dict[str, tuple[Tensor, float]]
 
 @dataclass(frozen=True)
 class ExampleData:
-    """groups: the sequences of each example, as many in each, all with the same columns. seed: of the order.
+    """groups: the sequences of each example, all with the same columns. seed: of the order.
 
     sampler: the version of training/sampler.py that the run began with.
     """
