@@ -133,7 +133,8 @@ def train(size: Size, data: Path, run: Path, seconds: int, is_python: bool) -> N
     common = ["--data_dir", data, *size.train.split()]
     print("a few steps first, to see how fast this machine is")
     precisions = ["auto"] if torch.cuda.is_available() else ["none", "bf16"]  # bf16 is fast on some CPUs, slow on most
-    speeds = {precision: seconds_per_step([*common, "--mixed_precision", precision]) for precision in precisions}
+    probe = _PROBE_STEPS if seconds >= 60 else _PROBE_STEPS // 3  # not longer than the training itself
+    speeds = {precision: seconds_per_step([*common, "--mixed_precision", precision], probe) for precision in precisions}
     precision = min(speeds, key=speeds.get)
     windows = load_metadata(data).splits["train"].tokens // size.max_length
     steps = max(_MIN_STEPS, min(int(seconds / speeds[precision]), _MAX_EPOCHS * windows // size.batch_size))
@@ -147,9 +148,9 @@ def train(size: Size, data: Path, run: Path, seconds: int, is_python: bool) -> N
     )  # fmt: skip
 
 
-def seconds_per_step(flags: list) -> float:
+def seconds_per_step(flags: list, steps: int) -> float:
     """What a step of train.py with these flags takes here: the fastest of a few log lines of a run thrown away."""
-    probe = f"--max_steps {_PROBE_STEPS} --log_interval 4 --eval_interval 0 --eval_tokens 512".split()
+    probe = f"--max_steps {steps} --log_interval {steps // 3} --eval_interval 0 --eval_tokens 512".split()
     with tempfile.TemporaryDirectory() as folder:
         script("train.py", *flags, "--save_dir", folder, "--sample_prompt", "", *probe, quiet=True)
         return column(read_history(folder).train, "dt").min()

@@ -82,7 +82,7 @@ def read_shape(folder: Path) -> ModelConfig:
 
 def build_model(
     config: TrainConfig, shape: ModelConfig | None, base: Path | None, checkpoint: Path | None, *,
-    kernels: KernelChoice, num_real_tokens: int, num_new_tokens: int, device: torch.device, precision: Precision, rows: int,
+    kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision, rows: int, num_new_tokens: int = 0,
 ) -> Transformer | ActorCritic:  # fmt: skip
     """The model of a run at its start, or as `checkpoint` holds it. base: the folder of --init_from, or None.
 
