@@ -199,8 +199,9 @@ def is_foreign(content: dict[str, Any], own: Collection[str]) -> bool:
     """Whether a file has a name of another tool's."""
     tables = content.get("stages")
     inner = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
-    foreign = {*NAMES, *GROUPS, "task_name", "datasets", "stage_name"} - set(own)
-    return any(str(name).replace("-", "_") in foreign for table in (content, *inner) for name in table)
+    foreign = {*NAMES, "task_name", "datasets", "stage_name"} - set(own)
+    named = [(str(name).replace("-", "_"), value) for table in (content, *inner) for name, value in table.items()]
+    return any(name in foreign or (name in GROUPS and isinstance(value, dict)) for name, value in named)
 
 
 def translate(table: dict[str, Any], where: str, *, world_size: int, stage: str | None = None) -> Translation:
@@ -365,7 +366,7 @@ def _set_batch(
     found.derived.add("batch_size")
     found.lines.append(
         f"{_GLOBAL_BATCH[0]} {device} x {world_size} rank(s) x {_GLOBAL_BATCH[1]} {steps}{answers}: --batch_size {batch}, "
-        f"--micro_batch_size {device}"
+        f"--micro_batch_size {device} (a run that goes on keeps the --batch_size that it began with)"
     )
 
 

@@ -165,6 +165,14 @@ def test_what_is_the_case_anyway_is_accepted(written):
             assert read_config_file(written(content)) == {"save_dir": "out"}
 
 
+def test_a_group_beside_our_own_names(written):
+    content = {"init_from": "base", "train_data": "rows.jsonl", "lora": {"r": 4}}
+    config, _ = resolve_config({"config": written(content), "stage": "sft"})
+    assert (config.lora, config.lora_r, config.init_from) == (True, 4, "base")
+    ours, _ = resolve_config({"config": written(content | {"lora": True}), "stage": "sft"})
+    assert ours.lora is True and ours.lora_r == TrainConfig().lora_r and read_as(written(content | {"lora": True}), "sft") == []
+
+
 def test_adapters_that_are_off_say_nothing(written):
     content = {"model": {"name": "base", "use_lora": False, "lora_config": {"r": 4}}, "train_file": "rows.jsonl"}
     config, _ = resolve_config({"config": written(content), "stage": "sft"})
