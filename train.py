@@ -135,9 +135,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     # ------------------------------------------------------------------------------------------------------------- data
     data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings, saved.get("data_order"))
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
-    if (
-        base_shape
-    ):  # which rows that are longer than the base's, and tokens that it had not, make larger: data.report says so
+    if base_shape:  # longer rows and new tokens make it larger, as data.report says
         base_shape = grown(base_shape, data.max_length, data.tokenizer.vocab_size if data.num_new_tokens else 0)
     if config.stage != "pretrain" and origins["max_steps"] == "default":
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))

@@ -170,7 +170,11 @@ def test_a_group_beside_our_own_names(written):
     config, _ = resolve_config({"config": written(content), "stage": "sft"})
     assert (config.lora, config.lora_r, config.init_from) == (True, 4, "base")
     ours, _ = resolve_config({"config": written(content | {"lora": True}), "stage": "sft"})
-    assert ours.lora is True and ours.lora_r == TrainConfig().lora_r and read_as(written(content | {"lora": True}), "sft") == []
+    assert (
+        ours.lora is True
+        and ours.lora_r == TrainConfig().lora_r
+        and read_as(written(content | {"lora": True}), "sft") == []
+    )
 
 
 def test_adapters_that_are_off_say_nothing(written):
