@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from kernels.jit import why_not_triton
+from tests.forked import Forked
 
 SMALL = [
     "--hidden_size",
@@ -36,15 +37,22 @@ EVERY_7_STEPS = ["--save_interval", "7", "--keep_checkpoints", "0"]
 
 
 @pytest.fixture
-def train(root, tiny_data):
-    """Runs train.py as a user would; returns the finished process. `launcher` goes in front, `check` raises on failure."""
+def train(root, tiny_data, tmp_path):
+    """Runs train.py; returns the finished process. `launcher` goes in front, `check` raises on failure.
 
-    def run(save_dir: Path, *flags: object, launcher: list[str] | None = None, check: bool = True):
-        command = [*(launcher or [sys.executable]), "train.py", "--save_dir", save_dir, *flags]
-        if "--data_dir" not in flags:
-            command += ["--data_dir", tiny_data]
-        words = [str(word) for word in command]
-        done = subprocess.run(words, cwd=root, capture_output=True, text=True, env=one_thread(), timeout=240)
+    Without a launcher in a fork, which has imported torch: seconds less than a new interpreter; where `own_process`, in one.
+    """
+
+    def run(
+        save_dir: Path, *flags: object, launcher: list[str] | None = None, check: bool = True, own_process: bool = False
+    ):
+        words = ["--save_dir", save_dir, *flags, *([] if "--data_dir" in flags else ["--data_dir", tiny_data])]
+        if launcher or own_process:
+            command = [*(launcher or [sys.executable]), "train.py", *map(str, words)]
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=one_thread(), timeout=240)
+        else:
+            ended = Forked(tmp_path / "streams", words).wait(240)
+            done = subprocess.CompletedProcess(words, ended.code, ended.out, ended.err)
         if check:
             assert done.returncode == 0, done.stdout + done.stderr
         return done
@@ -266,7 +274,7 @@ def test_bf16_and_fp16_follow_fp32(train, tmp_path):
 def test_compiled_training_follows_eager_training(train, tmp_path):
     """Losses to 1e-4 over 6 steps (fused fp32 sums in another order), and parameter names without a wrapper's prefix."""
     for flags in ([], ["--compile_model"]):
-        train(tmp_path / f"run{len(flags)}", *SMALL, *QUIET, "--max_steps", 6, *flags)
+        train(tmp_path / f"run{len(flags)}", *SMALL, *QUIET, "--max_steps", 6, *flags, own_process=bool(flags))
     eager, compiled = rows(tmp_path / "run0"), rows(tmp_path / "run1")
     assert max(abs(eager[step] - compiled[step]) for step in eager) < 1e-4
     from safetensors import safe_open
