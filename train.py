@@ -133,7 +133,8 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
 
     # ------------------------------------------------------------------------------------------------------------- data
-    data = open_stage_data(config, base, base_shape and base_shape.max_position_embeddings, saved.get("data_order"))
+    context = base_shape and base_shape.max_position_embeddings
+    data = open_stage_data(config, base, context, saved.get("data_order"), resumed_from)
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
     if base_shape:  # longer rows and new tokens make it larger, as data.report says
         base_shape = grown(base_shape, data.max_length, data.tokenizer.vocab_size if data.num_new_tokens else 0)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataprep.chat_template import ChatTemplate, load_chat_template
+from dataprep.chat_template import SHIPPED, ChatTemplate, load_chat_template
 from dataprep.chat_tokens import describe_template, missing_tokens, stop_token_ids
 from dataprep.encoding_examples import encode_example, say_by_answer, show_example, with_marked_sides
 from dataprep.example_shards import FORMATS, ExampleShards, template_digest
@@ -89,17 +89,18 @@ class StageData:
 
 
 def open_stage_data(
-    config: TrainConfig, base: Path | None, context: int | None, saved_order: dict | None = None
+    config: TrainConfig, base: Path | None, context: int | None, saved_order: dict | None = None,
+    checkpoint: Path | None = None,
 ) -> StageData:  # fmt: skip
     """The data of config.stage. base: the folder of the model that is trained on, context: the tokens it can take.
 
-    saved_order: `order` as the run that goes on has kept it; None at the start of one.
+    saved_order: `order` as the run that goes on has kept it, in `checkpoint`; None at the start of one.
     """
     # the order of a run that began before it had a version stays as it was
     sampler = SAMPLER_VERSION if saved_order is None else saved_order.get("sampler", 1)
     if config.stage == "pretrain":
         return _open_shards(config, base, context, sampler)
-    return _open_examples(config, base, context, saved_order or {}, sampler)
+    return _open_examples(config, base, context, saved_order or {}, checkpoint, sampler)
 
 
 def build_stage(
@@ -206,11 +207,17 @@ def _check_vocabulary(config: TrainConfig, metadata: list[Metadata], tokenizer: 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def _open_examples(config: TrainConfig, base: Path, context: int, saved_order: dict, sampler: int) -> StageData:
+def _open_examples(
+    config: TrainConfig, base: Path, context: int, saved_order: dict, checkpoint: Path | None, sampler: int
+) -> StageData:  # fmt: skip
     tokenizer = load_tokenizer(base)
     # a template that writes the date goes on writing that of the run's first day
     today = saved_order.get("template_date") or from_rank_0(lambda: datetime.now().isoformat())
     template = load_chat_template(base, override=config.chat_template, now=datetime.fromisoformat(today))
+    shipped = config.chat_template is None and template.name in SHIPPED
+    if shipped and checkpoint and template_digest(template) != saved_order.get("template"):
+        kept = load_chat_template(checkpoint, now=template.now)  # another version's, with which the run goes on
+        template = kept if template_digest(kept) == saved_order.get("template") else template
     tokenizer, tokenizer_files, added = _with_chat_tokens(config, base, tokenizer, template)
     report = [*added, *describe_template(tokenizer, template)]
     shards = _open_example_shards(config, base, tokenizer, template) if config.data_dir else None

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from dataprep.chat_template import CHATML, ChatTemplate
+from dataprep.example_shards import template_digest
+from stages.build import open_stage_data
 from tests.forked import Ended, Forked
+from training.config import TrainConfig
 
 BASE = (
     "--hidden_size 32 --num_layers 2 --num_heads 2 --max_length 128 --optimizer adamw --batch_size 4 --eval_interval 0 \
@@ -201,3 +205,20 @@ def rewrite_manifest(checkpoint: Path) -> None:
         file = checkpoint / name
         manifest["files"][name] = {"bytes": file.stat().st_size, "crc32": file_crc32(file)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_goes_on_with_the_shipped_template_that_it_began_with(bare_tokenizer, tmp_path):
+    """Which another version of groundup may have worded otherwise; one that was named or edited since is another."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bare_tokenizer.definition))
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": "the user asks", "completion": "answers"}) + "\n")
+    (tmp_path / "checkpoint").mkdir()
+    earlier = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|endoftext|>' }}{% endfor %}"
+    earlier += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    (tmp_path / "checkpoint" / "chat_template.jinja").write_text(earlier)
+    kept = {"template": template_digest(ChatTemplate("", earlier))}
+    config = TrainConfig(stage="sft", init_from="x", train_data=[str(tmp_path / "chat.jsonl")], eval_fraction=0)
+    again = open_stage_data(config, tmp_path, 64, kept, tmp_path / "checkpoint")
+    assert again.order["template"] == kept["template"] and again.files["chat_template.jinja"] == earlier.encode()
+    assert open_stage_data(config, tmp_path, 64).order["template"] == template_digest(ChatTemplate("", CHATML))
+    (tmp_path / "checkpoint" / "chat_template.jinja").write_text(earlier + " ")
+    assert open_stage_data(config, tmp_path, 64, kept, tmp_path / "checkpoint").order["template"] != kept["template"]
