@@ -173,6 +173,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "data": _DATA,
     "dataset": _DATA,
 }
+_ADAPTERS = ("lora", "lora_config", "peft")  # groups that ask for adapters by being there
 _BY_STAGE = {  # names that mean something else in each stage
     "beta": {"dpo": "dpo_beta", "grpo": "kl_coefficient"},
     "loss_type": {"dpo": "dpo_loss", "grpo": "grpo_loss"},
@@ -211,9 +212,15 @@ def translate(table: dict[str, Any], where: str, *, world_size: int, stage: str 
     with the reason, and for two names of one option that disagree.
     """
     found = Translation()
-    values = _flat(table, where)
-    if "lora_config" in table or any(name in table for name in ("lora", "peft") if isinstance(table.get(name), dict)):
+    values, model = _flat(table, where), table.get("model")
+    if any(
+        isinstance(one.get(name), dict)
+        for one in (table, model if isinstance(model, dict) else {})
+        for name in _ADAPTERS
+    ):
         values.setdefault("use_lora", True)
+    if {"warmup_steps", "warmup_ratio"} <= values.keys():  # steps win where there are some, as in transformers
+        del values["warmup_ratio" if values["warmup_steps"] else "warmup_steps"]
     given: dict[str, tuple[str, Any]] = {}  # option: (the name that it was given under, its value)
 
     def put(option: str, name: str, value: Any) -> None:

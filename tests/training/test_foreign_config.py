@@ -177,10 +177,24 @@ def test_a_group_beside_our_own_names(written):
     )
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(0, 0.1), (30, 30)])
+def test_warm_up_steps_win_over_the_ratio_where_there_are_some(steps, expected, written):
+    transformers = pytest.importorskip("transformers")
+    content = {"model_name_or_path": "base", "train_file": "rows.jsonl", "max_steps": 200, "warmup_ratio": 0.1}
+    config, _ = resolve_config({"config": written(content | {"warmup_steps": steps}), "stage": "sft"})
+    theirs = transformers.TrainingArguments(warmup_steps=expected, output_dir="out")
+    assert config.warmup_steps == expected and config.resolved_warmup_steps == theirs.get_warmup_steps(200)
+
+
 def test_adapters_that_are_off_say_nothing(written):
     content = {"model": {"name": "base", "use_lora": False, "lora_config": {"r": 4}}, "train_file": "rows.jsonl"}
     config, _ = resolve_config({"config": written(content), "stage": "sft"})
     assert config.lora is False and config.lora_r == TrainConfig().lora_r
+    content = {
+        "model": {"name": "base", "lora_config": {"r": 4}},
+        "train_file": "rows.jsonl",
+    }  # and on, where it is not said
+    assert resolve_config({"config": written(content), "stage": "sft"})[0].lora is True
 
 
 PLAN = """
