@@ -29,6 +29,7 @@ from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError, run_script
 from kernels.attention import activate, choose_attention, describe_attention
 from kernels.choice import choose_kernels, describe_kernels
+from ranks import Ranks, start_ranks, stop_ranks, unwrap
 from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.grpo import GRPO
 from stages.ppo import PPO
@@ -40,16 +41,7 @@ from training.description import describe_run, device_name, git_commit, next_com
 from training.generation import stream_text
 from training.loading import build_model, checkpoint_parts, make_optimizers, read_shape, reward_adapter
 from training.metrics import Clock, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
-from training.parallel import (
-    Ranks,
-    StopRequest,
-    gradient_sync,
-    prepare_model,
-    settle_gradient_buckets,
-    start_ranks,
-    stop_ranks,
-    unwrap,
-)  # fmt: skip
+from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets
 from training.plan import RunPlan, example_sizes, format_plan, grown, model_shape, plan_run
 from training.precision import LossScaler, Precision, choose_precision
 from training.resume import check_data_order, find_checkpoint

@@ -45,6 +45,7 @@ from bench.step import ALPHA, LINEAR_LAYERS, RANK, Skipped  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from kernels.attention import activate, choose_attention  # noqa: E402
 from kernels.choice import choose_kernels  # noqa: E402
+from ranks import Ranks  # noqa: E402
 from stages.sft import SFT  # noqa: E402
 from train import Run  # noqa: E402
 from training.adapter_files import adapter_state, load_base  # noqa: E402
@@ -54,7 +55,7 @@ from training.config import TrainConfig  # noqa: E402
 from training.examples_data import ExampleFeed  # noqa: E402
 from training.loading import read_shape  # noqa: E402
 from training.optimizers import build_optimizers  # noqa: E402
-from training.parallel import Ranks, prepare_model  # noqa: E402
+from training.parallel import prepare_model  # noqa: E402
 from training.precision import LossScaler, Precision, choose_precision  # noqa: E402
 
 TASKS = ("lora", "qlora")

@@ -39,6 +39,7 @@ from errors import UserError, run_script  # noqa: E402
 from kernels.choice import choose_kernels  # noqa: E402
 from kernels.jit import why_not_triton  # noqa: E402
 from model import ModelConfig, Transformer, flops_per_token  # noqa: E402
+from ranks import Ranks  # noqa: E402
 from stages.pretrain import Pretrain  # noqa: E402
 from train import Run  # noqa: E402
 from training.adapters import add_adapters, join_projections, store_after_steps  # noqa: E402
@@ -46,7 +47,7 @@ from training.batches import IGNORE_INDEX, MicroBatch  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.metrics import peak_tflops  # noqa: E402
 from training.optimizers import build_optimizers  # noqa: E402
-from training.parallel import Ranks, prepare_model  # noqa: E402
+from training.parallel import prepare_model  # noqa: E402
 from training.precision import LossScaler, choose_precision  # noqa: E402
 
 WARM_UP, SECONDS = 3, 3.0  # steps before the clock starts; timed steps go on for about that long

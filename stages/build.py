@@ -29,6 +29,7 @@ from dataprep.token_bytes import TokenBytes
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
 from model import Transformer, read_json
+from ranks import Ranks, unwrap
 from stages.dpo import DPO, KTO, with_mismatches
 from stages.grpo import GRPO
 from stages.ppo import PPO
@@ -46,7 +47,6 @@ from training.config import TrainConfig
 from training.examples_data import ExampleData, ExampleFeed
 from training.loading import find_base
 from training.packing import Sequence
-from training.parallel import Ranks, unwrap
 from training.precision import Precision
 from training.rollouts import Prompt, RolloutSchedule, Sampling
 from training.sampler import SAMPLER_VERSION

@@ -18,13 +18,13 @@ from dataprep.encoding_examples import ENDS_SIDE
 from dataprep.progress import Progress
 from errors import UserError
 from kernels.linear_cross_entropy import token_statistics
+from ranks import Ranks, unwrap
 from stages import preference_losses
 from stages.preference_losses import PAIR_LOSSES, WITHOUT_REFERENCE, Pairs
 from training.adapters import LoraLinear, adapters_off
 from training.batches import IGNORE_INDEX, MicroBatch
 from training.examples_data import ExampleData, ExampleFeed, Group, Metrics, pack_examples, without_dropout
 from training.packing import Sequence, sequence_sums
-from training.parallel import Ranks, unwrap
 from training.precision import Precision
 
 REFERENCE = "reference_logprob"  # the column of a sequence: log π_ref of its targets

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from model import Transformer
+from ranks import Ranks, unwrap
 from stages.advantages import group_advantages, kl_estimate, kl_loss
 from stages.rewards import (
     Reward,
@@ -39,7 +40,6 @@ from training.actor_critic import reference_policy
 from training.adapters import adapter_settings
 from training.batches import IGNORE_INDEX, MicroBatch
 from training.packing import Sequence, sequence_sums
-from training.parallel import Ranks, unwrap
 from training.precision import Precision
 from training.rollouts import (
     Prompt,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from model import Transformer
+from ranks import Ranks, unwrap
 from stages.advantages import adapted_kl_coefficient, generalised_advantages, kl_estimate, pad_rows, whiten
 from stages.rewards import (
     Reward,
@@ -37,7 +38,6 @@ from training.actor_critic import ActorCritic, reference_policy
 from training.adapters import adapter_settings
 from training.batches import IGNORE_INDEX, MicroBatch
 from training.packing import Sequence
-from training.parallel import Ranks, unwrap
 from training.precision import Precision
 from training.rollouts import (
     Prompt,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from dataprep.token_bytes import TokenBytes
 from kernels.dropout import GOLDEN, mix64
 from kernels.linear_cross_entropy import linear_cross_entropy
+from ranks import Ranks, unwrap
 from training.adapters import set_token_keys
 from training.batches import BYTES, IGNORE_INDEX, MicroBatch, TrainingData, Windows, evaluation_micro_batches
 from training.examples_data import SAMPLE_KEY, without_dropout
 from training.metrics import mean
-from training.parallel import Ranks, unwrap
 from training.precision import Precision
 from training.sampler import hash_key
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataprep.encoding_examples import ENDS_SIDE
+from ranks import unwrap
 from training.batches import MicroBatch
 from training.examples_data import ExampleFeed, Group, Metrics, use_sample_keys
-from training.parallel import unwrap
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from arguments import did_you_mean
 from errors import UserError
 from limits import CallTimeout, call_within
 from model import Transformer
+from ranks import Ranks
 from stages.answers import as_number, final_answer, last_number
 from training.batches import MicroBatch
 from training.packing import Sequence, pack
-from training.parallel import Ranks
 from training.precision import Precision
 from training.rollouts import Prompt, Rollout, Sampling, own_part, roll_out
 from training.sampler import hash_key

@@ -10,7 +10,7 @@ import pytest
 
 # A file imports only from its own layer or below. Tools do not import each other's commands, nor stages each other.
 LAYERS = {
-    "errors": 0, "arguments": 0, "paths": 0, "limits": 0, "kernels": 1, "model": 2, "training": 3, "dataprep": 3,
+    "errors": 0, "arguments": 0, "paths": 0, "limits": 0, "ranks": 0, "kernels": 1, "model": 2, "training": 3, "dataprep": 3,
     "stages": 4, "tools": 4,
     "data_prep_tool": 5, "train": 5, "utils": 5,
 }  # fmt: skip

@@ -22,6 +22,7 @@ from dataprep.chat_tokens import describe_template, encode_messages, end_of_turn
 from dataprep.examples import Message
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer
+from ranks import choose_device
 from tools.generate import (
     add_shared_arguments,
     check_model,
@@ -32,7 +33,6 @@ from tools.generate import (
 )
 from training.generation import Ending, TextDecoder, decoded, stream_ids, up_to
 from training.loading import find_adapter, load_for_use
-from training.parallel import choose_device
 from training.precision import choose_precision
 
 

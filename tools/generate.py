@@ -17,10 +17,10 @@ from arguments import ArgumentParser
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
 from model import Transformer
+from ranks import choose_device
 from training.checkpoints import list_checkpoints, resolve
 from training.generation import Ending, stream_text
 from training.loading import load_for_use
-from training.parallel import choose_device
 from training.precision import choose_precision
 
 

@@ -24,11 +24,11 @@ from dataprep.shards import load_metadata, open_split
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
 from model import ModelConfig
+from ranks import choose_device
 from training.batches import Windows
 from training.config import TrainConfig, add_options, refuse_unread, resolve_config
 from training.loading import find_base, read_shape, reward_adapter
 from training.metrics import peak_tflops
-from training.parallel import choose_device
 from training.plan import GIB, RunPlan, example_sizes, format_plan, model_shape, plan_run
 from training.precision import Precision, choose_precision
 from training.run_files import duration

@@ -17,12 +17,13 @@ import torch
 from dataprep.pipeline import Options, prepare
 from dataprep.progress import Progress
 from errors import UserError
+from ranks import Ranks
 from tools import merge
 from training import checkpoints
 from training.adapter_files import read_adapter_config
 from training.config import TrainConfig
 from training.loading import find_base, read_shape
-from training.parallel import Ranks, StopRequest
+from training.parallel import StopRequest
 from training.resume import was_restarted
 from training.save_folder import from_rank_0, read_json
 from training.stage_plan import PlannedStage, finished_checkpoint

@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     show("versions", version_rows(problems))
     show("machine", machine_rows())
     if not problems:
-        from training.parallel import choose_device
+        from ranks import choose_device
 
         device = choose_device("auto")
         attempt("devices", lambda: device_rows(problems), problems)

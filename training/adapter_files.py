@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from errors import UserError
 from kernels.nf4 import NF4Weight, from_bitsandbytes, quantise_nf4, to_bitsandbytes
 from model import ModelConfig, Transformer, load_pretrained, open_safetensors, read_json, weight_files
+from ranks import unwrap
 from training.adapters import (
     ALL_LINEAR,
     BLOCK_LINEARS,
@@ -35,7 +36,6 @@ from training.adapters import (
     store_learned,
 )
 from training.checkpoints import MAX_SHARD_BYTES, write_weights
-from training.parallel import unwrap
 from training.safetensors_writer import safetensors_chunks, write_file
 from training.save_folder import (
     ADAPTER_CONFIG,

@@ -26,7 +26,7 @@ from kernels.nf4_linear import nf4_linear
 from kernels.norm_lora import norm_lora_linear
 from kernels.rms_norm import rms_norm
 from model import RMSNorm, Transformer
-from training.parallel import unwrap
+from ranks import unwrap
 from training.token_rows import store_rows
 
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from paths import inside, is_plain_name
-from training.parallel import unwrap
+from ranks import unwrap
 from training.safetensors_writer import safetensors_chunks, write_file
 from training.save_folder import (
     ADAPTER_CONFIG,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ranks import Ranks
 from training.config import TrainConfig
-from training.parallel import Ranks
 from training.plan import RunPlan
 from training.precision import Precision
 

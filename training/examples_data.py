@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dropout import GOLDEN, mix64
+from ranks import Ranks, unwrap
 from training.adapters import set_token_keys
 from training.batches import MicroBatch
 from training.metrics import mean
 from training.packing import Sequence, pack
-from training.parallel import Ranks, unwrap
 from training.precision import Precision
 from training.sampler import SAMPLER_VERSION, hash_key, locate
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from errors import UserError
 from kernels.choice import KernelChoice
 from model import ModelConfig, Transformer, read_json
+from ranks import unwrap
 from training import checkpoints
 from training.actor_critic import POLICY_ADAPTER, REWARD_ADAPTER, REWARD_HEAD, VALUE_ADAPTER, ActorCritic, new_critic
 from training.adapter_files import (
@@ -31,7 +32,6 @@ from training.adapters import (
 )
 from training.config import TrainConfig
 from training.optimizers import build_optimizers
-from training.parallel import unwrap
 from training.precision import Precision
 from training.safetensors_writer import safetensors_chunks
 from training.save_folder import ADAPTER_CONFIG

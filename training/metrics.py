@@ -20,7 +20,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 from torch import Tensor
 
-from training.parallel import Ranks
+from ranks import Ranks
 from training.run_files import METRICS_FILE, RUN_FILE, STATUS_FILE, duration
 
 T = TypeVar("T")

@@ -22,9 +22,9 @@ from torch import Tensor
 from errors import UserError
 from kernels.linear_cross_entropy import TokenStatistics, token_statistics
 from model import KVCache, Transformer
+from ranks import Ranks
 from training.batches import IGNORE_INDEX, MicroBatch
 from training.packing import Sequence, pack
-from training.parallel import Ranks
 from training.sampler import SAMPLER_VERSION, hash_key, locate, permute, splitmix64
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model import Transformer
-from training.parallel import unwrap
+from ranks import unwrap
 
 VOCAB_MULTIPLE = 128  # rows of the embedding and head: whole tiles for the matrix units
 

@@ -25,10 +25,10 @@ from dataprep.shards import load_metadata
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
 from model import ModelConfig, Transformer
+from ranks import Ranks
 from stages.build import build_stage, open_stage_data
 from training.checkpoints import model_tensors
 from training.config import TrainConfig
-from training.parallel import Ranks
 from training.precision import choose_precision
 from training.scalar_head import RewardModel
 

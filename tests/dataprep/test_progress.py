@@ -8,10 +8,10 @@ import time
 import pytest
 
 from dataprep.progress import Progress
+from ranks import Ranks
 from stages.dpo import reference_logprobs
 from tests.stages.example_stages import CPU, MAX_LENGTH, a_model, some_examples
 from training.examples_data import ExampleData
-from training.parallel import Ranks
 from training.precision import choose_precision
 
 

@@ -5,7 +5,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from training.parallel import Ranks, gradient_sync
+from ranks import Ranks
+from training.parallel import gradient_sync
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -6,10 +6,11 @@ import torch._dynamo  # DDP imports it, and each forked rank would spend two sec
 from torch import Tensor, nn
 
 from model import ModelConfig, Transformer
+from ranks import Ranks, unwrap
 from training.adapters import LoraLinear, add_adapters
 from training.examples_data import ExampleData, ExampleFeed
 from training.packing import Sequence
-from training.parallel import Ranks, gradient_sync, unwrap
+from training.parallel import gradient_sync
 from training.precision import choose_precision
 
 CPU = torch.device("cpu")

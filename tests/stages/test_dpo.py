@@ -11,6 +11,7 @@ import torch
 
 from dataprep.encoding_examples import ENDS_SIDE
 from errors import UserError
+from ranks import Ranks
 from stages.dpo import DPO, KTO, REFERENCE, reference_logprobs, with_mismatches, with_reference
 from stages.preference_losses import PAIR_LOSSES, WITHOUT_REFERENCE
 from tests.ranks import run_ranks
@@ -28,7 +29,6 @@ from tests.stages.example_stages import (
 from training.adapters import adapters_off
 from training.examples_data import ExampleData
 from training.packing import Sequence
-from training.parallel import Ranks
 from training.precision import choose_precision
 
 BETA, GAMMA = 0.3, 0.4

@@ -20,13 +20,13 @@ from tokenizers import models, pre_tokenizers
 
 from arguments import ArgumentParser
 from model import ModelConfig, Transformer
+from ranks import Ranks, unwrap
 from stages.build import open_stage_data
 from tests.ranks import run_ranks
 from train import Run, build_run
 from training.adapters import AdapterSettings, adapter_settings, is_quantised
 from training.config import add_options, resolve_config
 from training.metrics import reduce_metrics
-from training.parallel import Ranks, unwrap
 from training.scalar_head import RewardModel
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ import torch
 
 from errors import UserError
 from model import ModelConfig, Transformer
+from ranks import Ranks
 from stages.grpo import CLIPS, GRPO
 from stages.rewards import Reward
 from tests.ranks import run_ranks
@@ -19,7 +20,7 @@ from tests.stages.drawn_stages import ALONE, loss_and_gradient, train
 from training.adapters import adapters_off, add_adapters
 from training.batches import IGNORE_INDEX
 from training.metrics import reduce_metrics
-from training.parallel import Ranks, prepare_model
+from training.parallel import prepare_model
 from training.precision import choose_precision
 from training.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
 

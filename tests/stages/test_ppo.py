@@ -10,6 +10,7 @@ import torch
 
 from errors import UserError
 from model import ModelConfig, Transformer
+from ranks import Ranks
 from stages.ppo import PPO
 from stages.rewards import Reward
 from tests.ranks import run_ranks
@@ -18,7 +19,7 @@ from training.actor_critic import ActorCritic, adapter_scores, new_critic, refer
 from training.adapters import adapters_active, adapters_off, add_adapters
 from training.batches import IGNORE_INDEX
 from training.packing import Sequence, pack
-from training.parallel import Ranks, prepare_model
+from training.parallel import prepare_model
 from training.precision import choose_precision
 from training.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
 

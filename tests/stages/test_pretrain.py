@@ -13,11 +13,11 @@ from dataprep.shards import open_split
 from dataprep.token_bytes import TokenBytes
 from dataprep.tokenizers import load_tokenizer
 from model import ModelConfig, Transformer
+from ranks import Ranks
 from stages.pretrain import Pretrain
 from tests.ranks import run_ranks
 from training.adapters import add_adapters
 from training.batches import IGNORE_INDEX, Windows, open_training_data
-from training.parallel import Ranks
 from training.precision import choose_precision
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ranks import Ranks
 from stages.reward import Reward
 from tests.ranks import run_ranks
 from tests.stages.example_stages import (
@@ -20,7 +21,6 @@ from tests.stages.example_stages import (
 )
 from training.adapters import add_adapters
 from training.packing import Sequence
-from training.parallel import Ranks
 from training.scalar_head import RewardModel
 
 

@@ -12,6 +12,7 @@ import torch
 
 from errors import UserError
 from model import ModelConfig, Transformer
+from ranks import Ranks
 from stages.rewards import (
     CallTimeout,
     Reward,
@@ -25,7 +26,6 @@ from stages.rewards import (
 )
 from tests.ranks import run_ranks
 from training.actor_critic import scores_of
-from training.parallel import Ranks
 from training.precision import choose_precision
 from training.rollouts import Prompt, Rollout, Sampling
 from training.scalar_head import RewardModel

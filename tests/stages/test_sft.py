@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ranks import Ranks
 from stages.sft import SFT, neftune_noise
 from tests.ranks import run_ranks
 from tests.stages.example_stages import (
@@ -21,7 +22,6 @@ from tests.stages.example_stages import (
 from training.batches import IGNORE_INDEX
 from training.examples_data import ExampleData
 from training.packing import Sequence
-from training.parallel import Ranks
 from training.precision import choose_precision
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from errors import UserError
-from training.parallel import choose_device
+from ranks import choose_device
 from training.precision import LossScaler, choose_precision
 
 CPU = torch.device("cpu")

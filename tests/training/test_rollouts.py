@@ -6,10 +6,10 @@ import torch
 
 from errors import UserError
 from model import ModelConfig, Transformer
+from ranks import Ranks
 from tests.ranks import run_ranks
 from training.batches import IGNORE_INDEX
 from training.packing import Sequence
-from training.parallel import Ranks
 from training.rollouts import (
     Prompt,
     RolloutSchedule,

@@ -1,0 +1,99 @@
+"""How do several processes work as one? What each of them is, on which device, how they begin, add up and leave together."""
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from errors import UserError
+
+_TIMEOUT = timedelta(minutes=30)  # the first step of a large compiled model can take minutes on the slowest rank
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: its global number, how many there are, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks of host numbers, in float64 on the CPU: no device has to wait for it."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def start_ranks(device_name: str) -> Ranks:
+    """Join the process group that torchrun (or any launcher that sets its variables) announces, else be alone.
+
+    device_name: "auto", "cpu", "cuda" or "mps". Raises UserError for a device that is not here.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = choose_device(device_name, local_rank)
+    if "LOCAL_RANK" in os.environ:
+        _die_with_parent()
+    if world_size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    return Ranks(rank, world_size, device)
+
+
+def stop_ranks(ranks: Ranks, exit_code: int) -> None:
+    """Leave the process group together, and, where there is one, end the process with `exit_code`.
+
+    Ranks that leave early would turn the others' shutdown into an error. And a gloo thread that still holds a Python
+    object when the interpreter is taken down aborts the process, now and then, after all work is done.
+    """
+    if ranks.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda" or "mps". Raises UserError when it is not available."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device; run `python utils.py setup` to see why")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; "
+                "lower --nproc_per_node"
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu")
+    return torch.device(name)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _die_with_parent() -> None:
+    """On Linux, get SIGTERM when torchrun dies: a killed torchrun otherwise leaves its workers training on as orphans."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
