@@ -5,7 +5,7 @@
 reads .txt, .md, .json and .jsonl files (also .gz) below my_text, trains a tokenizer on them and writes the folder that
 train.py takes as --data_dir. The output is the same, byte for byte, whatever --num_workers is. Killed or interrupted,
 the same command continues. What is in the folder: docs/data.md. With --format sft or preference it encodes examples to
-fine-tune on instead: see dataprep/example_shards.py.
+fine-tune on instead: see finetune_data/example_shards.py.
 """
 
 from pathlib import Path
@@ -135,7 +135,7 @@ def main() -> None:
     args = vars(parser.parse_args())
     refuse_flags_of_the_other_kind(parser, args)
     if args["format"] != "text":
-        from dataprep.example_shards import ExampleOptions, prepare_examples  # here: torch takes seconds to import
+        from finetune_data.example_shards import ExampleOptions, prepare_examples  # here: torch takes seconds to import
 
         args["rename_columns"] = tuple(args["rename_columns"])
         prepare_examples(ExampleOptions(**{name: args[name] for name in ExampleOptions.__annotations__}), Progress())

@@ -239,7 +239,7 @@ class Attention(nn.Module):
         self.joint_sizes: list[int] | None = None  # set where adapters project together with the norm before
 
     def projections(self, x: Tensor) -> Sequence[Tensor]:
-        """Queries, keys and values of x, or x cut in three if it is them already (training/adapters.py)."""
+        """Queries, keys and values of x, or x cut in three if it is them already (adapters/lora.py)."""
         if self.joint_sizes:
             return x.split(self.joint_sizes, dim=-1)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -308,7 +308,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
-        # gives the head's weight where some rows of it alone learn (training/token_rows.py)
+        # gives the head's weight where some rows of it alone learn (adapters/token_rows.py)
         self.head_gradient: Callable[[nn.Module], Tensor] | None = None
         self.model = nn.ModuleDict(
             {

@@ -25,8 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from arguments import ArgumentParser
+from batches.micro_batch import MicroBatch
+from checkpointing import save_folder
+from checkpointing.save import mark_best, save_checkpoint
+from checkpointing.tensors import set_rng_state
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError, run_script
+from generation.sampling import stream_text
 from kernels.attention import activate, choose_attention, describe_attention
 from kernels.choice import choose_kernels, describe_kernels
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
@@ -34,11 +39,8 @@ from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.grpo import GRPO
 from stages.ppo import PPO
 from tools.run_plan import run_plan
-from training import checkpoints
-from training.batches import MicroBatch
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, device_name, git_commit, next_command, versions
-from training.generation import stream_text
 from training.loading import build_model, checkpoint_parts, make_optimizers, read_shape, reward_adapter
 from training.metrics import Clock, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets
@@ -86,9 +88,9 @@ def run_stage(
     from_file: of a stage of a plan, the options in `given` that come from its file and not from the command line.
     """
     save_dir = resolve_config(given, validate=False)[0].save_dir
-    checkpoints.write_probe(save_dir)
-    with checkpoints.lock(save_dir):
-        checkpoints.clean(save_dir)
+    save_folder.write_probe(save_dir)
+    with save_folder.lock(save_dir):
+        save_folder.clean(save_dir)
         run = build_run(given, ranks, from_file)
         start_step, stop = run.step, StopRequest()
         with failures_recorded(run):
@@ -170,7 +172,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     if resumed_from:
         scaler.load(saved["scaler"])
         if saved["world_size"] == ranks.world_size:
-            checkpoints.set_rng_state(saved["rng"][ranks.rank])
+            set_rng_state(saved["rng"][ranks.rank])
     model = prepare_model(raw_model, ranks, compile_model=config.compile_model)
     table = {**dataclasses.asdict(kernels), "attention": described_attention}
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, table))
@@ -374,7 +376,7 @@ class Run:
         folder = self.data.tokenizer_folder
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
         files |= self.data.files
-        result = checkpoints.save(
+        result = save_checkpoint(
             self.config.save_dir, step, model=self.model, optimizers=self.optimizers, state=state, files=files,
             keep_checkpoints=self.config.keep_checkpoints, stop_ids=self.data.stop_ids,
             **checkpoint_parts(self.config, self.model, Path(self.config.init_from) if self.config.lora else None),
@@ -426,7 +428,7 @@ class Run:
             is_best = loss < self.best_loss and checkpoint.is_dir()
         if self.ranks.sum([float(is_best)])[0]:
             self.best_loss = loss
-            checkpoints.mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
+            mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
 
 
 def train_row(

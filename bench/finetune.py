@@ -38,7 +38,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from adapters.lora import add_adapters, store_after_steps  # noqa: E402
+from adapters.peft_files import adapter_state, load_base  # noqa: E402
 from arguments import ArgumentParser  # noqa: E402
+from batches.micro_batch import IGNORE_INDEX, MicroBatch  # noqa: E402
 from bench.finetune_data import Settings, in_one_row, in_order, padded, sequences_of, write_random_model  # noqa: E402
 from bench.measure import device_slug, environment, first_line, read_results, synchronize, write_results  # noqa: E402
 from bench.step import ALPHA, LINEAR_LAYERS, RANK, Skipped  # noqa: E402
@@ -48,9 +51,6 @@ from kernels.choice import choose_kernels  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from stages.sft import SFT  # noqa: E402
 from train import Run  # noqa: E402
-from training.adapter_files import adapter_state, load_base  # noqa: E402
-from training.adapters import add_adapters, store_after_steps  # noqa: E402
-from training.batches import IGNORE_INDEX, MicroBatch  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.examples_data import ExampleFeed  # noqa: E402
 from training.loading import read_shape  # noqa: E402

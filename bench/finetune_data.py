@@ -1,7 +1,7 @@
 """On which model and examples does bench/finetune.py measure, and how does each way lay them out?
 
 A Hugging Face folder and a file of chats where they are given, else a random Llama of 7M parameters and made-up examples.
-Both sides get the same examples in each step: ours packed by training/packing.py, transformers' padded or in one row.
+Both sides get the same examples in each step: ours packed by batches/packing.py, transformers' padded or in one row.
 """
 
 import json
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from batches.micro_batch import IGNORE_INDEX, MicroBatch
+from batches.packing import Sequence
 from bench.step import llama
-from dataprep.chat_template import load_chat_template
-from dataprep.encoding_examples import encode_example
-from dataprep.examples import read_examples
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
+from finetune_data.chat_template import load_chat_template
+from finetune_data.encoding_examples import encode_example
+from finetune_data.examples import read_examples
 from model import Transformer
-from training.batches import IGNORE_INDEX, MicroBatch
 from training.examples_data import ExampleData
-from training.packing import Sequence
 
 SMALL = llama(256, 704, 6, 4, 2, 8192)
 

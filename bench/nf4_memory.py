@@ -27,6 +27,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from adapters.lora import LoraLinear, add_adapters  # noqa: E402
 from arguments import ArgumentParser  # noqa: E402
 from bench.measure import (  # noqa: E402
     device_slug,
@@ -45,7 +46,6 @@ from kernels.choice import choose_kernels  # noqa: E402
 from kernels.nf4_linear import nf4_linear_reference  # noqa: E402
 from kernels.rotary import rotary_tables  # noqa: E402
 from model import Shared, Transformer  # noqa: E402
-from training.adapters import LoraLinear, add_adapters  # noqa: E402
 
 PARTS = ("mlp", "block")
 WAYS = ("ours", "naive", "peft + bitsandbytes")

@@ -32,7 +32,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from adapters.lora import add_adapters, join_projections, store_after_steps  # noqa: E402
 from arguments import ArgumentParser  # noqa: E402
+from batches.micro_batch import IGNORE_INDEX, MicroBatch  # noqa: E402
 from bench import report  # noqa: E402
 from bench.measure import device_slug, environment, first_line, read_results, synchronize, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
@@ -42,8 +44,6 @@ from model import ModelConfig, Transformer, flops_per_token  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from stages.pretrain import Pretrain  # noqa: E402
 from train import Run  # noqa: E402
-from training.adapters import add_adapters, join_projections, store_after_steps  # noqa: E402
-from training.batches import IGNORE_INDEX, MicroBatch  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.metrics import peak_tflops  # noqa: E402
 from training.optimizers import build_optimizers  # noqa: E402

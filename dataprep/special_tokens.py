@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from dataprep.chat_template import CHATML, ChatTemplate
+from dataprep.chatml import CHATML
 from dataprep.tokenizers import MARKS_KEY, Tokenizer
 from errors import UserError
 
@@ -50,11 +50,6 @@ def chat_config(tokens: Sequence[str]) -> dict[str, Any]:
     template = {"chat_template": CHATML} if set(TURNS) <= set(tokens) else {}
     marks = [token for token in tokens if token in MARKS]
     return template | ({MARKS_KEY: marks} if marks else {})
-
-
-def written_marks(template: ChatTemplate) -> list[str]:
-    """The marks that a template names."""
-    return [mark for mark in MARKS if mark in template.source or mark in (template.tool_source or "")]
 
 
 def with_tokens(

@@ -18,16 +18,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataprep.chat_template import SHIPPED, ChatTemplate, load_chat_template
-from dataprep.chat_tokens import describe_template, missing_tokens, stop_token_ids
-from dataprep.encoding_examples import encode_example, say_by_answer, show_example, with_marked_sides
-from dataprep.example_shards import FORMATS, ExampleShards, template_digest
-from dataprep.examples import Example, ExampleSet, read_examples
+from adapters.actor_critic import REWARD_ADAPTER, REWARD_HEAD, scores_of
+from adapters.lora import adapter_settings
+from adapters.peft_files import load_base
+from adapters.scalar_head import RewardModel, padding_files
+from batches.packing import Sequence
+from batches.sampler import SAMPLER_VERSION
+from batches.windows import TrainingData, Windows, open_training_data
+from checkpointing.save_folder import from_rank_0
 from dataprep.shards import Metadata, load_metadata, open_split
 from dataprep.special_tokens import with_tokens
 from dataprep.token_bytes import TokenBytes
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
+from finetune_data.chat_template import SHIPPED, ChatTemplate, load_chat_template
+from finetune_data.chat_tokens import describe_template, missing_tokens, stop_token_ids
+from finetune_data.encoding_examples import encode_example, say_by_answer, show_example, with_marked_sides
+from finetune_data.example_shards import FORMATS, ExampleShards, template_digest
+from finetune_data.examples import Example, ExampleSet, read_examples
+from generation.rollouts import Prompt, RolloutSchedule, Sampling
 from model import Transformer, read_json
 from ranks import Ranks, unwrap
 from stages.dpo import DPO, KTO, with_mismatches
@@ -39,19 +48,10 @@ from stages.reference_cache import with_kept_reference
 from stages.reward import Reward as RewardStage
 from stages.rewards import Reward, load_reward, model_reward
 from stages.sft import SFT
-from training.actor_critic import REWARD_ADAPTER, REWARD_HEAD, scores_of
-from training.adapter_files import load_base
-from training.adapters import adapter_settings
-from training.batches import TrainingData, Windows, open_training_data
 from training.config import TrainConfig
 from training.examples_data import ExampleData, ExampleFeed
 from training.loading import find_base
-from training.packing import Sequence
 from training.precision import Precision
-from training.rollouts import Prompt, RolloutSchedule, Sampling
-from training.sampler import SAMPLER_VERSION
-from training.save_folder import from_rank_0
-from training.scalar_head import RewardModel, padding_files
 from training.standing import Pins
 
 Stage = Pretrain | SFT | RewardStage | DPO | KTO | GRPO | PPO

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataprep.encoding_examples import ENDS_SIDE
+from adapters.lora import LoraLinear, adapters_off
+from batches.micro_batch import IGNORE_INDEX, MicroBatch
+from batches.packing import Sequence, sequence_sums
 from dataprep.progress import Progress
 from errors import UserError
+from finetune_data.encoding_examples import ENDS_SIDE
 from kernels.linear_cross_entropy import token_statistics
 from ranks import Ranks, unwrap
 from stages import preference_losses
 from stages.preference_losses import PAIR_LOSSES, WITHOUT_REFERENCE, Pairs
-from training.adapters import LoraLinear, adapters_off
-from training.batches import IGNORE_INDEX, MicroBatch
 from training.examples_data import ExampleData, ExampleFeed, Group, Metrics, pack_examples, without_dropout
-from training.packing import Sequence, sequence_sums
 from training.precision import Precision
 
 REFERENCE = "reference_logprob"  # the column of a sequence: log π_ref of its targets

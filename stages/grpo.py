@@ -22,7 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapters.actor_critic import reference_policy
+from adapters.lora import adapter_settings
+from batches.micro_batch import IGNORE_INDEX, MicroBatch
+from batches.packing import Sequence, sequence_sums
 from errors import UserError
+from generation.rollouts import (
+    Prompt,
+    Rollout,
+    RolloutSchedule,
+    Sampling,
+    check_prompts,
+    figures_of,
+    gather_parts,
+    own_micro_batches,
+    own_part,
+    response_statistics,
+    roll_out,
+)
 from model import Transformer
 from ranks import Ranks, unwrap
 from stages.advantages import group_advantages, kl_estimate, kl_loss
@@ -36,24 +53,7 @@ from stages.rewards import (
     phase_metrics,
     some_and_all,
 )
-from training.actor_critic import reference_policy
-from training.adapters import adapter_settings
-from training.batches import IGNORE_INDEX, MicroBatch
-from training.packing import Sequence, sequence_sums
 from training.precision import Precision
-from training.rollouts import (
-    Prompt,
-    Rollout,
-    RolloutSchedule,
-    Sampling,
-    check_prompts,
-    figures_of,
-    gather_parts,
-    own_micro_batches,
-    own_part,
-    response_statistics,
-    roll_out,
-)
 
 # how far r may go below and above 1: each paper's; cispo's upper one is TRL's advice, from ScaleRL
 CLIPS = {

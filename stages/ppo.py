@@ -20,7 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapters.actor_critic import ActorCritic, reference_policy
+from adapters.lora import adapter_settings
+from batches.micro_batch import IGNORE_INDEX, MicroBatch
+from batches.packing import Sequence
 from errors import UserError
+from generation.rollouts import (
+    Prompt,
+    Rollout,
+    RolloutSchedule,
+    Sampling,
+    check_prompts,
+    figures_of,
+    gather_parts,
+    own_micro_batches,
+    own_part,
+    response_statistics,
+    roll_out,
+)
 from model import Transformer
 from ranks import Ranks, unwrap
 from stages.advantages import adapted_kl_coefficient, generalised_advantages, kl_estimate, pad_rows, whiten
@@ -34,24 +51,7 @@ from stages.rewards import (
     phase_metrics,
     some_and_all,
 )
-from training.actor_critic import ActorCritic, reference_policy
-from training.adapters import adapter_settings
-from training.batches import IGNORE_INDEX, MicroBatch
-from training.packing import Sequence
 from training.precision import Precision
-from training.rollouts import (
-    Prompt,
-    Rollout,
-    RolloutSchedule,
-    Sampling,
-    check_prompts,
-    figures_of,
-    gather_parts,
-    own_micro_batches,
-    own_part,
-    response_statistics,
-    roll_out,
-)
 
 
 @dataclass

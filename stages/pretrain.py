@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from adapters.lora import set_token_keys
+from batches.micro_batch import IGNORE_INDEX, MicroBatch
+from batches.sampler import hash_key
+from batches.windows import BYTES, TrainingData, Windows, evaluation_micro_batches
 from dataprep.token_bytes import TokenBytes
 from kernels.dropout import GOLDEN, mix64
 from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import Ranks, unwrap
-from training.adapters import set_token_keys
-from training.batches import BYTES, IGNORE_INDEX, MicroBatch, TrainingData, Windows, evaluation_micro_batches
 from training.examples_data import SAMPLE_KEY, without_dropout
 from training.metrics import mean
 from training.precision import Precision
-from training.sampler import hash_key
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import nn
 
+from checkpointing.save_folder import from_rank_0, list_checkpoints, temporary_path
 from errors import UserError
 from stages.dpo import reference_logprobs, with_reference
 from training.config import TrainConfig
 from training.examples_data import ExampleData, ExampleFeed
-from training.save_folder import from_rank_0, list_checkpoints, temporary_path
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
 NO_CACHE = "none"  # as --reference_cache: only the run's own file is kept

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataprep.encoding_examples import ENDS_SIDE
+from batches.micro_batch import MicroBatch
+from finetune_data.encoding_examples import ENDS_SIDE
 from ranks import unwrap
-from training.batches import MicroBatch
 from training.examples_data import ExampleFeed, Group, Metrics, use_sample_keys
 
 
@@ -23,7 +23,7 @@ class Reward:
     """−log σ(c − r − margin) + centring · (c + r)² on groups [chosen, rejected].
 
     margin: the column of that name, where the data has one (Llama 2, Touvron et al. 2023, eq. 2). centring: 0.01 keeps
-    scores near 0, which differences alone do not fix (Eisenstein et al. 2023). The model is a training.scalar_head.RewardModel.
+    scores near 0, which differences alone do not fix (Eisenstein et al. 2023). The model is a adapters.scalar_head.RewardModel.
     """
 
     feed: ExampleFeed

@@ -32,16 +32,16 @@ import torch
 from torch import Tensor
 
 from arguments import did_you_mean
+from batches.micro_batch import MicroBatch
+from batches.packing import Sequence, pack
+from batches.sampler import hash_key
 from errors import UserError
+from generation.rollouts import Prompt, Rollout, Sampling, own_part, roll_out
 from limits import CallTimeout, call_within
 from model import Transformer
 from ranks import Ranks
 from stages.answers import as_number, final_answer, last_number
-from training.batches import MicroBatch
-from training.packing import Sequence, pack
 from training.precision import Precision
-from training.rollouts import Prompt, Rollout, Sampling, own_part, roll_out
-from training.sampler import hash_key
 
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "target", "label")
 _EVALUATION_KEY = 20
@@ -138,7 +138,7 @@ def model_reward(
 ) -> Callable[[list[np.ndarray]], list[float]]:
     """A trained reward model as the function of a Reward with on_tokens: its score at each text's last token.
 
-    scores: micro-batch -> (B, T), as training/actor_critic.scores_of makes it.
+    scores: micro-batch -> (B, T), as adapters/actor_critic.scores_of makes it.
     """
 
     @torch.no_grad()

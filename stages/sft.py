@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from batches.micro_batch import IGNORE_INDEX, MicroBatch
+from batches.packing import sequence_sums
 from kernels.dropout import GOLDEN, mix64
 from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import unwrap
-from training.batches import IGNORE_INDEX, MicroBatch
 from training.examples_data import SAMPLE_KEY, ExampleFeed, Metrics, token_keys, use_sample_keys
-from training.packing import sequence_sums
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataprep.chat_template import load_chat_template
-from dataprep.chat_tokens import encode_messages
-from dataprep.examples import Message, read_examples
+from adapters.peft_files import load_base
+from adapters.token_rows import learn_rows, token_rows
 from dataprep.special_tokens import MARKS, TURNS
 from dataprep.tokenizers import load_tokenizer
+from finetune_data.chat_template import load_chat_template
+from finetune_data.chat_tokens import encode_messages
+from finetune_data.examples import Message, read_examples
 from model import ModelConfig, Transformer
 from tests.forked import Ended, Forked, start_ranks
 from tools import merge
-from training.adapter_files import load_base
 from training.loading import load_for_use
-from training.token_rows import learn_rows, token_rows
 
 NEW = [*TURNS, *MARKS]  # what ChatML writes
 CASES = {  # (tied, room for the rows, flags)

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dataprep.chat_template import ChatTemplate, EndlessTemplateError
-from dataprep.examples import Message
+from finetune_data.chat_template import ChatTemplate, EndlessTemplateError
+from finetune_data.examples import Message
 
 TALK = [Message("user", "Hi"), Message("assistant", "Hello")]
 ENDLESS = {
@@ -22,8 +22,8 @@ ENDLESS = {
 }  # fmt: skip
 PROGRAM = """
 import sys
-from dataprep.chat_template import ChatTemplate
-from dataprep.examples import Message
+from finetune_data.chat_template import ChatTemplate
+from finetune_data.examples import Message
 from errors import run_script
 run_script(lambda: ChatTemplate("own.jinja", sys.argv[1]).render([Message("user", "Hi")]) and 0)
 """

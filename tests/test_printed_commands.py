@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from adapters.peft_files import read_adapter_config
 from tests.forked import Ended, Forked, start_ranks, wait_for
-from training.adapter_files import read_adapter_config
 
 PREPARE = "--input_dir ./raw_text_data --output_dir ./processed_data --vocab_size 32000 --max_length 2048"
 DATA = "--data_dir ./processed_data"

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dataprep.chat_template import CHATML, ChatTemplate
-from dataprep.example_shards import template_digest
+from dataprep.chatml import CHATML
+from finetune_data.chat_template import ChatTemplate
+from finetune_data.example_shards import template_digest
 from stages.build import open_stage_data
 from tests.forked import Ended, Forked
 from training.config import TrainConfig
@@ -198,7 +199,7 @@ def test_a_checkpoint_without_pins_goes_on_and_says_so(place):
 
 
 def rewrite_manifest(checkpoint: Path) -> None:
-    from training.safetensors_writer import file_crc32
+    from checkpointing.safetensors_writer import file_crc32
 
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for name in manifest["files"]:

@@ -212,8 +212,8 @@ def test_the_checkpoint_is_a_hugging_face_model(train, tmp_path, tiny_data):
     """Same logits to 1e-5 and the same greedy continuation in transformers, from the folder as it lies there."""
     transformers = pytest.importorskip("transformers")
     from dataprep.tokenizers import load_tokenizer
+    from generation.sampling import generate
     from model import load_pretrained
-    from training.generation import generate
 
     train(tmp_path / "run", *SMALL, *QUIET, "--max_steps", 30, "--num_kv_heads", 1)
     folder = tmp_path / "run/checkpoint_step_30"

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from arguments import ArgumentParser
-from dataprep.chat_template import ChatTemplate, load_chat_template
-from dataprep.chat_tokens import describe_template, encode_messages, end_of_turn_id, stop_token_ids
-from dataprep.examples import Message
 from dataprep.tokenizers import Tokenizer, load_tokenizer
+from finetune_data.chat_template import ChatTemplate, load_chat_template
+from finetune_data.chat_tokens import describe_template, encode_messages, end_of_turn_id, stop_token_ids
+from finetune_data.examples import Message
+from generation.sampling import Ending, TextDecoder, decoded, stream_ids, up_to
 from model import Transformer
 from ranks import choose_device
 from tools.generate import (
@@ -31,7 +32,6 @@ from tools.generate import (
     print_speed,
     sampling_settings,
 )
-from training.generation import Ending, TextDecoder, decoded, stream_ids, up_to
 from training.loading import find_adapter, load_for_use
 from training.precision import choose_precision
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from arguments import ArgumentParser
+from checkpointing.load import resolve_checkpoint
+from checkpointing.save_folder import list_checkpoints
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
+from generation.sampling import Ending, stream_text
 from model import Transformer
 from ranks import choose_device
-from training.checkpoints import list_checkpoints, resolve
-from training.generation import Ending, stream_text
 from training.loading import load_for_use
 from training.precision import choose_precision
 
@@ -155,7 +156,7 @@ def find_model(where: str) -> Path:
         raise UserError(
             f"--checkpoint {where} holds neither config.json nor a checkpoint_step_N; name a folder that does"
         )
-    found = resolve(path, path)
+    found = resolve_checkpoint(path, path)
     for skipped, reason in found.skipped:
         print(f"passed over {skipped}: {reason}", file=sys.stderr)
     if found.path != path:

@@ -14,10 +14,8 @@ from pathlib import Path
 
 import torch
 
-from arguments import ArgumentParser
-from dataprep.tokenizers import TOKENIZER_FILES
-from errors import UserError
-from training.adapter_files import (
+from adapters.lora import is_quantised, merged_state, plain_shapes, quantise_layers
+from adapters.peft_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     json_bytes,
@@ -28,12 +26,14 @@ from training.adapter_files import (
     read_adapter_config,
     stored_dtype,
 )
-from training.adapters import is_quantised, merged_state, plain_shapes, quantise_layers
-from training.checkpoints import write_weights
+from adapters.scalar_head import RewardModel
+from arguments import ArgumentParser
+from checkpointing.safetensors_writer import file_crc32, write_file
+from checkpointing.save import write_weights
+from checkpointing.save_folder import CONFIG, GENERATION_CONFIG
+from dataprep.tokenizers import TOKENIZER_FILES
+from errors import UserError
 from training.loading import find_adapter, find_base
-from training.safetensors_writer import file_crc32, write_file
-from training.save_folder import CONFIG, GENERATION_CONFIG
-from training.scalar_head import RewardModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 COPIED = (*TOKENIZER_FILES, "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")

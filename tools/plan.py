@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 import torch
 
 from arguments import ArgumentParser
-from dataprep.chat_template import load_chat_template
-from dataprep.encoding_examples import encode_example
-from dataprep.example_shards import FORMATS
-from dataprep.examples import read_examples
+from batches.windows import Windows
 from dataprep.shards import load_metadata, open_split
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
+from finetune_data.chat_template import load_chat_template
+from finetune_data.encoding_examples import encode_example
+from finetune_data.example_shards import FORMATS
+from finetune_data.examples import read_examples
 from model import ModelConfig
 from ranks import choose_device
-from training.batches import Windows
 from training.config import TrainConfig, add_options, refuse_unread, resolve_config
 from training.loading import find_base, read_shape, reward_adapter
 from training.metrics import peak_tflops

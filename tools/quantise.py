@@ -9,10 +9,10 @@ transformers' from_pretrained (with bitsandbytes installed) and utils.py generat
 import argparse
 from pathlib import Path
 
+from adapters.peft_files import load_base, save_quantised, stored_dtype
 from arguments import ArgumentParser
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError
-from training.adapter_files import load_base, save_quantised, stored_dtype
 from training.loading import find_base
 
 _FURTHER = (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")

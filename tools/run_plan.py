@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
+from adapters.peft_files import read_adapter_config
+from checkpointing import save_folder
+from checkpointing.load import resolve_checkpoint
+from checkpointing.save_folder import ADAPTER_CONFIG, from_rank_0, list_checkpoints, read_json
 from dataprep.pipeline import Options, prepare
 from dataprep.progress import Progress
 from errors import UserError
 from ranks import Ranks
 from tools import merge
-from training import checkpoints
-from training.adapter_files import read_adapter_config
 from training.config import TrainConfig
 from training.loading import find_base, read_shape
 from training.parallel import StopRequest
 from training.resume import was_restarted
-from training.save_folder import from_rank_0, read_json
 from training.stage_plan import PlannedStage, finished_checkpoint
 
 # (options, ranks, names of those that come from the file) -> (whether --max_steps is reached, signals received until then)
@@ -45,15 +46,15 @@ def run_plan(
         root = from_rank_0(lambda: folder_of_start(root, resuming))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     before: dict[str, Any] | None = None  # what the last stage that gave a language model was given
-    checkpoints.write_probe(root)
-    with checkpoints.lock(root):
+    save_folder.write_probe(root)
+    with save_folder.lock(root):
         for stage in stages:
             given = stage.given(flags) | {"save_dir": str(root / stage.folder)}
             follows = before is not None and "init_from" not in given
             if follows:
                 given["init_from"] = str(language_model_of(before))
             done = finished_checkpoint(given, follows) if resuming else None
-            if checkpoints.list_checkpoints(root / stage.folder):  # a run that goes on keeps its batch
+            if list_checkpoints(root / stage.folder):  # a run that goes on keeps its batch
                 given = {name: value for name, value in given.items() if name not in stage.derived or name in flags}
             if ranks.is_main:
                 print(f"{stage.title}: " + (f"finished already, {done}" if done else given["save_dir"]), flush=True)
@@ -125,12 +126,12 @@ def language_model_of(given: dict[str, Any]) -> Path:
     Every rank calls it; rank 0 merges. Raises UserError.
     """
     save_dir = Path(given["save_dir"])
-    checkpoint = checkpoints.resolve(save_dir, save_dir).path
-    if not (checkpoint / checkpoints.ADAPTER_CONFIG).exists():
+    checkpoint = resolve_checkpoint(save_dir, save_dir).path
+    if not (checkpoint / ADAPTER_CONFIG).exists():
         return checkpoint
     # the base that it was trained over: the newest checkpoint of --init_from may be another by now
     base, merged = Path(read_adapter_config(checkpoint)["base_model_name_or_path"]), save_dir / "merged"
-    checkpoints.clean(save_dir)  # of a merge that was cut short
+    save_folder.clean(save_dir)  # of a merge that was cut short
 
     def make() -> None:
         if not merged.exists():

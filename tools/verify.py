@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arguments import ArgumentParser
+from checkpointing.save_folder import list_checkpoints, verify_checkpoint
 from dataprep.shards import DATASET_FOLDER, METADATA_FILE, verify_dataset
 from errors import UserError
-from training.checkpoints import list_checkpoints, verify_checkpoint
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 Sample t of a run is one example: a group of sequences that stay together (one of SFT, a chosen and a rejected one of a
 preference). Step s takes the samples [first, first + batch_size), a rank its contiguous part of them, packed into
-micro-batches (packing.py). As in pretraining a run's position is one integer, and ranks and micro-batches only divide.
+micro-batches (batches/packing.py). As in pretraining a run's position is one integer, and ranks and micro-batches only divide.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from adapters.lora import set_token_keys
+from batches.micro_batch import MicroBatch
+from batches.packing import Sequence, pack
+from batches.sampler import SAMPLER_VERSION, hash_key, locate
 from kernels.dropout import GOLDEN, mix64
 from ranks import Ranks, unwrap
-from training.adapters import set_token_keys
-from training.batches import MicroBatch
 from training.metrics import mean
-from training.packing import Sequence, pack
 from training.precision import Precision
-from training.sampler import SAMPLER_VERSION, hash_key, locate
 
 SAMPLE_KEY = "sample_key"  # the column of a sequence that is trained on
 Group = SequenceOf[Sequence]
@@ -31,7 +31,7 @@ Metrics = dict[str, tuple[Tensor, float]]
 class ExampleData:
     """groups: the sequences of each example, all with the same columns. seed: of the order.
 
-    sampler: the version of training/sampler.py that the run began with.
+    sampler: the version of batches/sampler.py that the run began with.
     """
 
     groups: SequenceOf[Group]

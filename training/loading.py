@@ -7,21 +7,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from errors import UserError
-from kernels.choice import KernelChoice
-from model import ModelConfig, Transformer, read_json
-from ranks import unwrap
-from training import checkpoints
-from training.actor_critic import POLICY_ADAPTER, REWARD_ADAPTER, REWARD_HEAD, VALUE_ADAPTER, ActorCritic, new_critic
-from training.adapter_files import (
-    adapter_state,
-    learned_over,
-    load_adapter,
-    load_base,
-    peft_files,
-    read_adapter_config,
-)
-from training.adapters import (
+from adapters.actor_critic import POLICY_ADAPTER, REWARD_ADAPTER, REWARD_HEAD, VALUE_ADAPTER, ActorCritic, new_critic
+from adapters.lora import (
     BLOCK_LINEARS,
     LoraLinear,
     add_adapters,
@@ -30,13 +17,19 @@ from training.adapters import (
     store_after_steps,
     store_learned,
 )
+from adapters.peft_files import adapter_state, learned_over, load_adapter, load_base, peft_files, read_adapter_config
+from adapters.scalar_head import RewardModel
+from adapters.token_rows import grow_vocabulary, learn_rows, start_rows
+from checkpointing.load import load_model, load_optimizers, resolve_checkpoint
+from checkpointing.safetensors_writer import safetensors_chunks
+from checkpointing.save_folder import ADAPTER_CONFIG, list_checkpoints
+from errors import UserError
+from kernels.choice import KernelChoice
+from model import ModelConfig, Transformer, read_json
+from ranks import unwrap
 from training.config import TrainConfig
 from training.optimizers import build_optimizers
 from training.precision import Precision
-from training.safetensors_writer import safetensors_chunks
-from training.save_folder import ADAPTER_CONFIG
-from training.scalar_head import RewardModel
-from training.token_rows import grow_vocabulary, learn_rows, start_rows
 
 _DESCRIPTIONS = ("config.json", ADAPTER_CONFIG)  # of a model, of an adapter
 CRITIC_FILE = "critic.safetensors"  # of a PPO run: what its checkpoint holds beside the policy
@@ -68,8 +61,8 @@ def find_model_or_adapter(where: str, flag: str) -> Path:
 
 def _newest(folder: Path) -> Path:
     """The folder itself, or, of a run, its newest whole checkpoint. Raises UserError where a run has none that is whole."""
-    if not any((folder / name).exists() for name in _DESCRIPTIONS) and checkpoints.list_checkpoints(folder):
-        return checkpoints.resolve(folder, folder).path
+    if not any((folder / name).exists() for name in _DESCRIPTIONS) and list_checkpoints(folder):
+        return resolve_checkpoint(folder, folder).path
     return folder
 
 
@@ -180,7 +173,7 @@ def _critic(config: TrainConfig, policy: Transformer, device: torch.device) -> R
 
 
 def checkpoint_parts(config: TrainConfig, model: nn.Module, base: Path | None) -> dict:
-    """What `checkpoints.save` is told of a model that is not simply one set of weights."""
+    """What `save_checkpoint` is told of a model that is not simply one set of weights."""
     inner = unwrap(model)
     policy = inner.policy if isinstance(inner, ActorCritic) else inner
     parts: dict = {"part": policy}
@@ -203,7 +196,7 @@ def _load_parts(config: TrainConfig, model: Transformer | ActorCritic, checkpoin
     if config.lora:
         load_adapter(policy, checkpoint, POLICY_ADAPTER if policy is not model else "default")
     else:
-        checkpoints.load_model(checkpoint, policy)
+        load_model(checkpoint, policy)
     if policy is model:
         return
     try:
@@ -236,7 +229,7 @@ def make_optimizers(
         muon_dtype=torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32,
     )  # fmt: skip
     if checkpoint is not None:
-        checkpoints.load_optimizers(checkpoint, model, optimizers)
+        load_optimizers(checkpoint, model, optimizers)
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         store_after_steps(model, optimizers)
     return optimizers

@@ -10,10 +10,10 @@ flight, DDP's buckets, fragmentation, compilation, evaluation, and the data, whi
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adapters.token_rows import padded
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
 from model import ModelConfig, ParameterCount, count_parameters, flops_per_token
 from training.config import TrainConfig
-from training.token_rows import padded
 
 GIB = 2**30
 _ADAMW_STATE_BYTES = 8  # two fp32 moments a parameter

@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+from checkpointing.load import load_state, resolve_checkpoint
+from checkpointing.save_folder import list_checkpoints
 from errors import UserError
-from training import checkpoints
 from training.config import TrainConfig
 
 
@@ -15,13 +16,13 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
     if which is None and was_restarted():
         which = "latest"
     if which is None:
-        if existing := checkpoints.list_checkpoints(config.save_dir):
+        if existing := list_checkpoints(config.save_dir):
             raise UserError(
                 f"--save_dir {config.save_dir} already holds a run at step {existing[-1][0]}: continue it with "
                 "--checkpoint latest, or choose another --save_dir"
             )
         return None, {}
-    found = checkpoints.resolve(which, config.save_dir)
+    found = resolve_checkpoint(which, config.save_dir)
     for path, reason in found.skipped:
         print(f"warning: skipped {path}: {reason}", file=sys.stderr)
     if found.path is None:
@@ -29,8 +30,8 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
             raise UserError(f"no checkpoint in {config.save_dir} is whole; to start anew choose another --save_dir")
         print(f"no checkpoint in {config.save_dir} yet: starting at step 0", file=sys.stderr)
         return None, {}
-    state = checkpoints.load_state(found.path)
-    newer = [path for step, path in checkpoints.list_checkpoints(config.save_dir) if step > state["step"]]
+    state = load_state(found.path)
+    newer = [path for step, path in list_checkpoints(config.save_dir) if step > state["step"]]
     if set(newer) - {path for path, _ in found.skipped}:
         raise UserError(
             f"--save_dir {config.save_dir} holds {newer[-1].name}, which is newer than {found.path}: to go on from an "

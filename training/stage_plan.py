@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from arguments import did_you_mean
+from checkpointing.load import load_state, resolve_checkpoint
 from errors import UserError
-from training import checkpoints
 from training.config import (
     PRESETS,
     TrainConfig,
@@ -172,10 +172,10 @@ def finished_checkpoint(given: dict[str, Any], follows: bool) -> Path | None:
 
     follows: whether it starts from the stage before, which must then still end in what it was started from.
     """
-    path = checkpoints.resolve("latest", given["save_dir"]).path
+    path = resolve_checkpoint("latest", given["save_dir"]).path
     if path is None:
         return None
-    state = checkpoints.load_state(path)
+    state = load_state(path)
     options = state["options"]
     if follows and Path(options["init_from"]).parts[-2:] != Path(given["init_from"]).parts[-2:]:
         raise UserError(

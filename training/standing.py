@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from checkpointing.save_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_rank_0
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError
 from model import weight_files
 from training.config import TrainConfig
 from training.loading import find_base, find_model_or_adapter
-from training.save_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_rank_0
 
 Pins = dict[str, dict[str, str]]
 

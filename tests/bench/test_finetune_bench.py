@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from batches.micro_batch import IGNORE_INDEX
 from bench import finetune, finetune_data
 from bench.finetune import measure, peak_gib, ratios, reset_peak
 from bench.finetune_data import Settings, in_one_row, made_up, padded
 from errors import UserError
-from training.batches import IGNORE_INDEX
 from training.examples_data import pack_examples
 
 CPU = torch.device("cpu")

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 from data_prep_tool import build_parser
-from dataprep.chat_template import CHATML, load_chat_template
-from dataprep.chat_tokens import describe_template, encode_messages, missing_tokens, stop_token_ids
-from dataprep.encoding_examples import encode_example
-from dataprep.examples import Message, read_examples
+from dataprep.chatml import CHATML
 from dataprep.pipeline import Options, prepare
 from dataprep.progress import Progress
 from dataprep.shards import open_split
 from dataprep.special_tokens import with_tokens
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
+from finetune_data.chat_template import load_chat_template
+from finetune_data.chat_tokens import describe_template, encode_messages, missing_tokens, stop_token_ids
+from finetune_data.encoding_examples import encode_example
+from finetune_data.examples import Message, read_examples
 
 # docs/data.md's table: the first ids of a byte-level BPE
 DOCUMENTED = [

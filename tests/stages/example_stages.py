@@ -5,11 +5,11 @@ import torch
 import torch._dynamo  # DDP imports it, and each forked rank would spend two seconds on that
 from torch import Tensor, nn
 
+from adapters.lora import LoraLinear, add_adapters
+from batches.packing import Sequence
 from model import ModelConfig, Transformer
 from ranks import Ranks, unwrap
-from training.adapters import LoraLinear, add_adapters
 from training.examples_data import ExampleData, ExampleFeed
-from training.packing import Sequence
 from training.parallel import gradient_sync
 from training.precision import choose_precision
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataprep.encoding_examples import ENDS_SIDE
+from adapters.lora import adapters_off
+from batches.packing import Sequence
 from errors import UserError
+from finetune_data.encoding_examples import ENDS_SIDE
 from ranks import Ranks
 from stages.dpo import DPO, KTO, REFERENCE, reference_logprobs, with_mismatches, with_reference
 from stages.preference_losses import PAIR_LOSSES, WITHOUT_REFERENCE
@@ -26,9 +28,7 @@ from tests.stages.example_stages import (
     some_examples,
     step_gradients,
 )
-from training.adapters import adapters_off
 from training.examples_data import ExampleData
-from training.packing import Sequence
 from training.precision import choose_precision
 
 BETA, GAMMA = 0.3, 0.4

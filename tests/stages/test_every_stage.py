@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 
+from adapters.lora import AdapterSettings, adapter_settings, is_quantised
+from adapters.scalar_head import RewardModel
 from arguments import ArgumentParser
 from model import ModelConfig, Transformer
 from ranks import Ranks, unwrap
 from stages.build import open_stage_data
 from tests.ranks import run_ranks
 from train import Run, build_run
-from training.adapters import AdapterSettings, adapter_settings, is_quantised
 from training.config import add_options, resolve_config
 from training.metrics import reduce_metrics
-from training.scalar_head import RewardModel
 
 CPU = torch.device("cpu")
 VOCABULARY = "<unk> one two three four five six seven eight nine ten </s>"  # small, so that some answers end early

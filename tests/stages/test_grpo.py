@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.lora import adapters_off, add_adapters
+from batches.micro_batch import IGNORE_INDEX
 from errors import UserError
+from generation.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
 from model import ModelConfig, Transformer
 from ranks import Ranks
 from stages.grpo import CLIPS, GRPO
 from stages.rewards import Reward
 from tests.ranks import run_ranks
 from tests.stages.drawn_stages import ALONE, loss_and_gradient, train
-from training.adapters import adapters_off, add_adapters
-from training.batches import IGNORE_INDEX
 from training.metrics import reduce_metrics
 from training.parallel import prepare_model
 from training.precision import choose_precision
-from training.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
 
 CPU = torch.device("cpu")
 

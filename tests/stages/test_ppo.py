@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.actor_critic import ActorCritic, adapter_scores, new_critic, reference_policy, scores_of
+from adapters.lora import adapters_active, adapters_off, add_adapters
+from batches.micro_batch import IGNORE_INDEX
+from batches.packing import Sequence, pack
 from errors import UserError
+from generation.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
 from model import ModelConfig, Transformer
 from ranks import Ranks
 from stages.ppo import PPO
 from stages.rewards import Reward
 from tests.ranks import run_ranks
 from tests.stages.drawn_stages import ALONE, gradient_of, loss_and_gradient, train
-from training.actor_critic import ActorCritic, adapter_scores, new_critic, reference_policy, scores_of
-from training.adapters import adapters_active, adapters_off, add_adapters
-from training.batches import IGNORE_INDEX
-from training.packing import Sequence, pack
 from training.parallel import prepare_model
 from training.precision import choose_precision
-from training.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
 
 CPU = torch.device("cpu")
 

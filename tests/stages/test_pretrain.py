@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from adapters.lora import add_adapters
+from batches.micro_batch import IGNORE_INDEX
+from batches.windows import Windows, open_training_data
 from dataprep.shards import open_split
 from dataprep.token_bytes import TokenBytes
 from dataprep.tokenizers import load_tokenizer
@@ -16,8 +19,6 @@ from model import ModelConfig, Transformer
 from ranks import Ranks
 from stages.pretrain import Pretrain
 from tests.ranks import run_ranks
-from training.adapters import add_adapters
-from training.batches import IGNORE_INDEX, Windows, open_training_data
 from training.precision import choose_precision
 
 CPU = torch.device("cpu")

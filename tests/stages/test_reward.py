@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from adapters.lora import add_adapters
+from adapters.scalar_head import RewardModel
+from batches.packing import Sequence
 from ranks import Ranks
 from stages.reward import Reward
 from tests.ranks import run_ranks
@@ -19,9 +22,6 @@ from tests.stages.example_stages import (
     some_examples,
     step_gradients,
 )
-from training.adapters import add_adapters
-from training.packing import Sequence
-from training.scalar_head import RewardModel
 
 
 def a_reward_model(seed=3) -> RewardModel:

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.actor_critic import scores_of
+from adapters.scalar_head import RewardModel
 from errors import UserError
+from generation.rollouts import Prompt, Rollout, Sampling
 from model import ModelConfig, Transformer
 from ranks import Ranks
 from stages.rewards import (
@@ -25,10 +28,7 @@ from stages.rewards import (
     model_reward,
 )
 from tests.ranks import run_ranks
-from training.actor_critic import scores_of
 from training.precision import choose_precision
-from training.rollouts import Prompt, Rollout, Sampling
-from training.scalar_head import RewardModel
 
 CPU = torch.device("cpu")
 

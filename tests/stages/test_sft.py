@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from batches.micro_batch import IGNORE_INDEX
+from batches.packing import Sequence
 from ranks import Ranks
 from stages.sft import SFT, neftune_noise
 from tests.ranks import run_ranks
@@ -19,9 +21,7 @@ from tests.stages.example_stages import (
     some_examples,
     step_gradients,
 )
-from training.batches import IGNORE_INDEX
 from training.examples_data import ExampleData
-from training.packing import Sequence
 from training.precision import choose_precision
 
 

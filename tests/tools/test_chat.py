@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.lora import add_adapters
+from adapters.peft_files import load_base, save_adapter
 from arguments import ArgumentParser
-from dataprep.chat_template import load_chat_template
-from dataprep.chat_tokens import encode_messages
-from dataprep.examples import Message
+from checkpointing.save import save_checkpoint
 from dataprep.tokenizers import TOKENIZER_FILES, load_tokenizer
 from errors import UserError
+from finetune_data.chat_template import load_chat_template
+from finetune_data.chat_tokens import encode_messages
+from finetune_data.examples import Message
+from generation.sampling import generate
 from model import ModelConfig, Transformer, load_pretrained
 from tools import chat
-from training import checkpoints
-from training.adapter_files import load_base, save_adapter
-from training.adapters import add_adapters
-from training.generation import generate
 from training.optimizers import build_optimizers
 
 CONTEXT = 160
@@ -48,7 +48,7 @@ def finished_run(tiny_data, tmp_path_factory) -> Path:
             parameter *= 5 if parameter.dim() == 2 else 1
         model.head_weight[tokenizer.eos_token_id] = 0
     optimizers = build_optimizers(model, name="adamw", learning_rate=1e-3, weight_decay=0.0)
-    saved = checkpoints.save(folder, 1, model=model, optimizers=optimizers, state={}, files=files, keep_checkpoints=0)
+    saved = save_checkpoint(folder, 1, model=model, optimizers=optimizers, state={}, files=files, keep_checkpoints=0)
     assert saved.ok, saved.message
     return folder
 

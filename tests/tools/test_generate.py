@@ -13,11 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import utils
+from checkpointing.save import save_checkpoint
 from dataprep.tokenizers import TOKENIZER_FILES, load_tokenizer
 from errors import UserError
+from generation.sampling import generate
 from model import ModelConfig, Transformer, load_pretrained
-from training import checkpoints
-from training.generation import generate
 from training.optimizers import build_optimizers
 
 CONTEXT = 64
@@ -40,7 +40,7 @@ def finished_run(tiny_data, tmp_path_factory) -> Path:
                 parameter *= 5 if parameter.dim() == 2 else 1
             model.head_weight[tokenizer.eos_token_id] = 0
         optimizers = build_optimizers(model, name="adamw", learning_rate=1e-3, weight_decay=0.0)
-        saved = checkpoints.save(
+        saved = save_checkpoint(
             folder, step, model=model, optimizers=optimizers, state={}, files=files, keep_checkpoints=0
         )
         assert saved.ok, saved.message

@@ -12,12 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import tools.merge as merge
+from adapters.lora import LoraLinear, add_adapters
+from adapters.peft_files import load_base, save_adapter, save_quantised
+from adapters.scalar_head import RewardModel
 from arguments import ArgumentParser
 from errors import UserError
 from model import ModelConfig, Transformer, load_pretrained
-from training.adapter_files import load_base, save_adapter, save_quantised
-from training.adapters import LoraLinear, add_adapters
-from training.scalar_head import RewardModel
 
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(5))
 

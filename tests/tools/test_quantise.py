@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
+from adapters.peft_files import load_base
+from checkpointing.save import save_checkpoint
 from model import ModelConfig, Transformer
 from tools import quantise
-from training import checkpoints
-from training.adapter_files import load_base
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def plain(tmp_path):
     model.init_weights(seed=3, zero_residual=False)
     (tmp_path / "run").mkdir()
     files = {"tokenizer_config.json": b"{}\n"}
-    saved = checkpoints.save(tmp_path / "run", 1, model=model, optimizers=[], state={}, files=files, keep_checkpoints=0)
+    saved = save_checkpoint(tmp_path / "run", 1, model=model, optimizers=[], state={}, files=files, keep_checkpoints=0)
     return saved.path
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import utils
+from checkpointing.save import save_checkpoint
 from errors import UserError
 from model import ModelConfig, Transformer
-from training import checkpoints
 from training.optimizers import build_optimizers
 
 
@@ -27,7 +27,7 @@ def run(tmp_path) -> Path:
     (tmp_path / "run").mkdir()
     for step in (1, 2):
         model.init_weights(seed=step, zero_residual=False)
-        saved = checkpoints.save(
+        saved = save_checkpoint(
             tmp_path / "run", step, model=model, optimizers=optimizers, state={}, files={}, keep_checkpoints=0
         )
         assert saved.ok, saved.message

@@ -6,16 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from adapters.actor_critic import REWARD_ADAPTER, REWARD_HEAD, ActorCritic, adapter_scores
+from adapters.lora import adapters_off, add_adapters
+from adapters.peft_files import save_adapter
+from adapters.scalar_head import RewardModel
 from errors import UserError
 from kernels.choice import KernelChoice
 from model import ModelConfig, Transformer
-from training.actor_critic import REWARD_ADAPTER, REWARD_HEAD, ActorCritic, adapter_scores
-from training.adapter_files import save_adapter
-from training.adapters import adapters_off, add_adapters
 from training.config import TrainConfig
 from training.loading import build_model
 from training.precision import choose_precision
-from training.scalar_head import RewardModel
 
 CPU = torch.device("cpu")
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(5))

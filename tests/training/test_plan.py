@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.actor_critic import ActorCritic, new_critic
+from adapters.lora import add_adapters
+from adapters.scalar_head import RewardModel
+from batches.packing import Sequence
 from model import Transformer
-from training.actor_critic import ActorCritic, new_critic
-from training.adapters import add_adapters
 from training.config import TrainConfig
-from training.packing import Sequence
 from training.plan import example_sizes, format_plan, learning_flops, model_shape, plan_run
-from training.scalar_head import RewardModel
 
 EXAMPLES = {"data_dir": [], "init_from": "base", "train_data": ["a.jsonl"], "optimizer": "adamw", "sample_prompt": ""}
 DRAWN = {**EXAMPLES, "reward_model": "judge", "max_new_tokens": 8}

@@ -1,0 +1,552 @@
+"""Which files do adapters and 4-bit models come from and go to?
+
+    adapter_config.json, adapter_model.safetensors    one adapter as PEFT writes and reads it; the base is named, not held
+    config.json with quantization_config, *.safetensors    a model whose block linears are NF4, as transformers with
+                                                           bitsandbytes writes and reads it
+
+A base model comes from any Hugging Face folder (`load_base`); to quantise it no more than one of its weights is in
+memory at a time. New folders appear whole or not at all.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adapters.lora import (
+    ALL_LINEAR,
+    BLOCK_LINEARS,
+    QUANTISATIONS,
+    SCORE,
+    AdapterSettings,
+    LoraLinear,
+    adapter_settings,
+    is_quantised,
+    place_adapters,
+    plain_shapes,
+    store_learned,
+)
+from adapters.token_rows import token_rows, vocabulary_layers, write_rows
+from checkpointing.safetensors_writer import safetensors_chunks, write_file
+from checkpointing.save import MAX_SHARD_BYTES, write_weights
+from checkpointing.save_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, fsync_folder, temporary_path
+from errors import UserError
+from kernels.nf4 import NF4Weight, from_bitsandbytes, quantise_nf4, to_bitsandbytes
+from model import ModelConfig, Transformer, load_pretrained, open_safetensors, read_json, weight_files
+from ranks import unwrap
+
+_PREFIX = "base_model.model."  # of every tensor in a PEFT file: PEFT's own wrappers around the model
+_LEARNED_OVER = "base_weights"  # in the header of our adapter files: "nf4" or "full"
+
+# Keys of adapter_config.json that are read here, or that change nothing about a finished adapter. Any other key must be
+# empty: PEFT keeps adding variants, and one that is not known here would be computed wrongly.
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern"}
+_READ |= {"use_rslora", "use_dora", "bias", "init_lora_weights", "exclude_modules", "layers_to_transform"}
+_READ |= {"modules_to_save", "trainable_token_indices"}
+_HARMLESS = {"layers_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping"}
+_HARMLESS |= {"peft_version", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+_HARMLESS |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}  # of init_lora_weights
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights first
+
+# ----------------------------------------------------------------------------------------------------- an adapter's files
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """One adapter's tensors, fp32, under PEFT's keys. They share memory with the model, which may be wrapped in DDP.
+
+    base_model.model.PATH.lora_A.weight (rank, in), .lora_B.weight (out, rank) and for DoRA .lora_magnitude_vector (out,);
+    of a reward model its head as well, base_model.model.score.weight (1, H); with "default" the rows of tokens that learn,
+    base_model.model.PATH.token_adapter.trainable_tokens_delta (n, H), the rows themselves.
+    """
+    _known_settings(model, name)
+    rows = token_rows(model) if name == "default" else {}
+    state = {_row_key(layer): adapter.trainable_tokens_delta.detach() for layer, adapter in rows.items()}
+    if (head := _score(model)) is not None:
+        state[_PREFIX + SCORE] = head.detach()
+    for path, layer in unwrap(model).named_modules():
+        if isinstance(layer, LoraLinear) and name in layer.scales:
+            state[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach()
+            state[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach()
+            if name in layer.lora_magnitude_vector:
+                state[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].detach()
+    return state
+
+
+def adapter_config(model: nn.Module, name: str, base_model: str | None) -> dict:
+    """The contents of adapter_config.json. base_model: the folder or the name that the base was loaded from."""
+    settings, has_score = _known_settings(model, name), _score(model) is not None
+    rows = {layer: adapter.ids.tolist() for layer, adapter in token_rows(model).items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if has_score else "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": None,
+        "inference_mode": True,
+        "r": settings.rank,
+        "lora_alpha": _plain_number(settings.alpha),
+        "lora_dropout": settings.dropout,
+        "target_modules": list(settings.targets),
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": {pattern: _plain_number(alpha) for pattern, alpha in settings.alpha_pattern.items()},
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": ["score"] if has_score else None,
+        # PEFT gives a tied head the embedding's by itself
+        "trainable_token_indices": (rows if len(rows) > 1 else rows["embed_tokens"]) if rows else None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def peft_files(model: nn.Module, name: str, base_model: str | None) -> dict[str, Iterable[bytes | memoryview]]:
+    """The two files of a PEFT folder by name, each as its bytes piece by piece: for any folder that also holds others."""
+    metadata = {"format": "pt", _LEARNED_OVER: "nf4" if is_quantised(model) else "full"}
+    return {
+        ADAPTER_CONFIG: [json_bytes(adapter_config(model, name, base_model))],
+        ADAPTER_WEIGHTS: safetensors_chunks(adapter_state(model, name), metadata),
+    }
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> None:
+    """Write one adapter as a new PEFT folder; of several ranks, one calls it. UserError where `folder` exists."""
+    with new_folder(folder) as temporary:
+        for file_name, chunks in peft_files(model, name, base_model).items():
+            write_file(temporary / file_name, chunks)
+
+
+def _known_settings(model: nn.Module, name: str) -> AdapterSettings:
+    settings = adapter_settings(model)
+    if name not in settings:
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(settings) or 'none'}")
+    return settings[name]
+
+
+def _score(model: nn.Module) -> nn.Parameter | None:
+    """The head of a reward model."""
+    return dict(unwrap(model).named_parameters()).get(SCORE)
+
+
+def _plain_number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+# ------------------------------------------------------------------------------------------------- an adapter from files
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> Tensor | None:
+    """Put the adapter of a PEFT folder on the model, or its values into the adapter `name` that is there already.
+
+    A new one joins the active ones. One that is there must have the same layers, ranks, scales and kind; its parameters
+    stay the same objects, so that an optimizer goes on with them. Returns the head (1, H) of a reward model's adapter
+    where the model is a language model, which has no place for it; otherwise None.
+    Rows of tokens that it trained (PEFT's trainable_token_indices) go where they learn, or else into the weights, which grow
+    if need be.
+    UserError, with the model as it was, for a folder that is broken, does not fit the model or holds what is not computed
+    here: biases, whole trained layers other than that head, layers outside of the blocks, variants other than rsLoRA and
+    DoRA.
+    """
+    folder = Path(folder)
+    config, state = read_adapter_config(folder), _read_tensors(folder)
+    head = state.pop(_PREFIX + SCORE, None) if _score(model) is None else None
+    trained_rows = _rows_from(config, state, model, name, folder)
+    settings = _settings_from(config, folder, _paths(state, folder))
+    layers = dict(unwrap(model).named_modules())
+    _check_targets(config["target_modules"], config, settings.targets, layers, folder)
+    wanted = {} if _score(model) is None else {_PREFIX + SCORE: tuple(_score(model).shape)}
+    learning = token_rows(model) if name == "default" else {}
+    wanted |= {_row_key(layer): tuple(one.trainable_tokens_delta.shape) for layer, one in learning.items()}
+    for path in settings.targets:
+        rank, (rows, columns) = settings.rank_of(path), _shape(layers[path])
+        wanted[f"{_PREFIX}{path}.lora_A.weight"] = (rank, columns)
+        wanted[f"{_PREFIX}{path}.lora_B.weight"] = (rows, rank)
+        if settings.dora:
+            wanted[f"{_PREFIX}{path}.lora_magnitude_vector"] = (rows,)
+    _check_tensors(wanted, state, folder / ADAPTER_WEIGHTS)
+    if name not in adapter_settings(model):
+        place_adapters(unwrap(model), name, settings)
+    elif _computed(layers, name) != {path: (settings.scale_of(path), settings.dora) for path in settings.targets}:
+        raise UserError(
+            f"{folder}: its adapter has other layers, alpha, rsLoRA or DoRA than the one asked for here; "
+            f"take the settings of its {ADAPTER_CONFIG}"
+        )
+    load_adapter_state(model, state, name)
+    for layer, (ids, values) in trained_rows.items():
+        write_rows(unwrap(model), layer, ids, values)
+    return None if head is None else head.clone()
+
+
+def _row_key(layer: str) -> str:
+    return f"{_PREFIX}{'model.' if layer == 'embed_tokens' else ''}{layer}.token_adapter.trainable_tokens_delta"
+
+
+def _rows_from(
+    config: dict, state: dict[str, Tensor], model: nn.Module, name: str, folder: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (ids (n,), rows (n, H))} of the tokens that an adapter trained and that do not learn here; taken out of `state`.
+
+    Those that learn stay in it. UserError for ones that do not fit the model.
+    """
+    given = config.get("trainable_token_indices") or {}
+    given = given if isinstance(given, dict) else {"embed_tokens": given}
+    layers, learning = vocabulary_layers(model), token_rows(model) if name == "default" else {}
+    if not layers.keys() >= given.keys() and unwrap(model).config.tie_word_embeddings:
+        given = {
+            layer: ids for layer, ids in given.items() if layer != "lm_head"
+        }  # the embedding's, under another name
+    where = folder / ADAPTER_CONFIG
+    if given and (name != "default" or not layers.keys() >= given.keys()):
+        raise UserError(
+            f"{where}: trainable_token_indices has {', '.join(given)}, which this model cannot take: merge it first"
+        )
+    found = {}
+    for layer, ids in given.items():
+        ids = torch.tensor(ids, dtype=torch.int64)
+        if layer in learning:
+            if learning[layer].ids.tolist() != ids.tolist():
+                raise UserError(f"{where}: other tokens' rows were trained than the ones that learn in this run")
+            continue
+        values = state.pop(_row_key(layer), None)
+        if values is None or values.shape != (len(ids), unwrap(model).config.hidden_size):
+            raise UserError(
+                f"{folder / ADAPTER_WEIGHTS}: the rows of trainable_token_indices in {layer} are missing or do not fit"
+            )
+        found[layer] = ids, values
+    if missing := learning.keys() - given.keys():
+        raise UserError(f"{where}: it trained no rows of {min(missing)}, and this run does; check --add_chat_tokens")
+    return found
+
+
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+    """Copy what `adapter_state` returned into the adapter `name`. UserError where names or shapes differ."""
+    targets = adapter_state(model, name)
+    _check_tensors({key: tuple(tensor.shape) for key, tensor in targets.items()}, state, f"the adapter {name}")
+    for key, tensor in targets.items():
+        tensor.copy_(state[key])
+    store_learned(model)
+
+
+def read_adapter_config(folder: str | Path) -> dict:
+    """adapter_config.json. UserError where it is missing or describes what is not computed here."""
+    path = Path(folder) / ADAPTER_CONFIG
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f'{path}: peft_type is "{config.get("peft_type")}"; only "LORA" can be loaded')
+    if config.get("bias", "none") != "none":
+        raise UserError(f'{path}: bias is "{config["bias"]}"; only adapters without biases ("none") can be loaded')
+    if other := set(config.get("modules_to_save") or ()) - {
+        "score",
+        "classifier",
+    }:  # PEFT names both for any classifier
+        raise UserError(f"{path}: modules_to_save has {min(other)}; only a reward model's score can be trained whole")
+    for key in sorted(config.keys() - _READ - _HARMLESS):
+        if config[key]:
+            raise UserError(
+                f"{path}: {key} is {config[key]!r}, which is not computed here; train the adapter without it"
+            )
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise UserError(
+            f'{path}: init_lora_weights is "{config["init_lora_weights"]}", which changes the base weights, too; '
+            "convert the adapter to plain LoRA with PEFT first"
+        )
+    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{path}: {key} is missing or not of the right type")
+    return config
+
+
+def learned_over(folder: str | Path) -> str | None:
+    """What the adapter of a folder learned beside: "nf4" or "full" weights; None where its file does not say."""
+    with open_safetensors(Path(folder) / ADAPTER_WEIGHTS) as tensors:
+        return (tensors.metadata() or {}).get(_LEARNED_OVER)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / ADAPTER_WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise UserError(f"{folder}: adapter_model.bin is a pickle, which is never loaded; save it as {ADAPTER_WEIGHTS}")
+    with open_safetensors(path) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+
+
+def _paths(state: Iterable[str], folder: Path) -> tuple[str, ...]:
+    """The layers that have tensors in the file, in its order. UserError for one that takes no adapter here."""
+    paths = {}
+    for key in state:
+        if key in (_PREFIX + SCORE, _row_key("embed_tokens"), _row_key("lm_head")):
+            continue
+        path, found, _ = key.removeprefix(_PREFIX).rpartition(".lora_A.")
+        child = key.removeprefix(_PREFIX).split(".lora_")[0].rpartition(".")[2]
+        if not key.startswith(_PREFIX) or child not in BLOCK_LINEARS:
+            known = ", ".join(BLOCK_LINEARS)
+            raise UserError(f"{folder}: it trains {key.removeprefix(_PREFIX)}; only adapters on {known} can be loaded")
+        if found:
+            paths[path] = None
+    return tuple(paths)
+
+
+def _settings_from(config: dict, folder: Path, paths: tuple[str, ...]) -> AdapterSettings:
+    """The settings, whose targets are whole paths: so a regular expression or a choice of layers needs no second rule."""
+    if not paths:
+        raise UserError(f"{folder}: {ADAPTER_WEIGHTS} holds no adapter")
+    return AdapterSettings(
+        config["r"],
+        config["lora_alpha"],
+        config.get("lora_dropout") or 0.0,
+        bool(config.get("use_rslora")),
+        bool(config.get("use_dora")),
+        paths,
+        config.get("rank_pattern") or {},
+        config.get("alpha_pattern") or {},
+    )
+
+
+def _check_targets(targets: str | list, config: dict, paths: Iterable[str], layers: dict, folder: Path) -> None:
+    """UserError where the configuration and the tensors speak of different layers, or the model lacks one."""
+    if unknown := [path for path in paths if path not in layers]:
+        raise UserError(f"{folder}: the model has no layer {unknown[0]}; name the base that the adapter was trained on")
+    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return
+    linear = {path for path, layer in layers.items() if isinstance(layer, (nn.Linear, nn.Embedding, LoraLinear))}
+    if targets == ALL_LINEAR:
+        wanted = {path for path in linear if path.rpartition(".")[2] in BLOCK_LINEARS}
+    elif isinstance(targets, str):
+        wanted = {path for path in linear if re.fullmatch(targets, path)}
+    else:
+        wanted = {path for path in linear if any(path == name or path.endswith(f".{name}") for name in targets)}
+    if different := sorted(wanted.symmetric_difference(paths)):
+        raise UserError(
+            f"{folder}: target_modules in {ADAPTER_CONFIG} and the tensors of {ADAPTER_WEIGHTS} disagree about "
+            f"{different[0]}; save the adapter again"
+        )
+
+
+def _computed(layers: Mapping[str, nn.Module], name: str) -> dict[str, tuple[float, bool]]:
+    """(scale, DoRA or not) of each layer that has the adapter."""
+    found = {path: layer for path, layer in layers.items() if isinstance(layer, LoraLinear) and name in layer.scales}
+    return {path: (layer.scales[name], name in layer.lora_magnitude_vector) for path, layer in found.items()}
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    return layer.shape if isinstance(layer, LoraLinear) else tuple(layer.weight.shape)
+
+
+def _check_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str | Path) -> None:
+    if missing := wanted.keys() - found.keys():
+        raise UserError(f"{where}: {len(missing)} tensors of the adapter are missing, {min(missing)} first")
+    if unexpected := found.keys() - wanted.keys():
+        raise UserError(f"{where}: {len(unexpected)} tensors do not belong to the adapter, {min(unexpected)} first")
+    for key, shape in wanted.items():
+        if tuple(found[key].shape) != shape:
+            raise UserError(f"{where}: {key} has the shape {tuple(found[key].shape)}, but {shape} fits the model")
+
+
+# ----------------------------------------------------------------------------------------------------------- base models
+
+
+def load_base(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantise: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """The model of a Hugging Face folder, to put adapters on: in `dtype`, its block linears in NF4 if quantise="nf4".
+
+    Weights are rounded to `dtype` before they are quantised, one at a time, so that beside the quantised model never
+    more than one weight is in memory. A folder whose layers are 4-bit already stays so. UserError as in
+    `model.load_pretrained`.
+    """
+    folder = Path(folder)
+    if quantise not in QUANTISATIONS:
+        raise UserError(f"weights can be quantised to nf4, not {quantise}")
+    config = read_json(folder / CONFIG)
+    if config.get("quantization_config"):
+        return load_quantised(folder, dtype=dtype, device=device)
+    if quantise is None:
+        return load_pretrained(folder, device, dtype)
+    holders = _holders(folder)
+
+    def read(name: str) -> Tensor | NF4Weight:
+        weight = _read_tensor(holders, name)
+        if _is_block_linear(name):
+            return quantise_nf4(weight.to(device, dtype))
+        return weight.to(device, dtype, copy=True)
+
+    return _assemble(folder, ModelConfig.from_hf(config), holders, read)
+
+
+def load_quantised(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """A folder that transformers saved with bitsandbytes' NF4 layers, or `save_quantised` did, as a Transformer.
+
+    dtype: of what is not quantised, by default as the embedding is stored. UserError for another quantisation, and as in
+    `model.load_pretrained`.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    settings = config.pop("quantization_config", None) or {}
+    if not (settings.get("load_in_4bit") and settings.get("bnb_4bit_quant_type") == "nf4"):
+        raise UserError(
+            f"{folder / CONFIG}: quantization_config does not describe bitsandbytes' NF4; take the base model"
+        )
+    holders = _holders(folder)
+    dtype = dtype or stored_dtype(folder)
+
+    def read(name: str) -> Tensor | NF4Weight:
+        if f"{name}.absmax" not in holders:
+            return _read_tensor(holders, name).to(device, dtype, copy=True)
+        parts = [key for key in holders if key == name or key.startswith(f"{name}.")]
+        return from_bitsandbytes({key: _read_tensor(holders, key).to(device, copy=True) for key in parts}, name)
+
+    return _assemble(folder, ModelConfig.from_hf(config), holders, read)
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype in which a folder holds the embedding, which stands for all that is not quantised."""
+    return _read_tensor(_holders(Path(folder)), "model.embed_tokens.weight").dtype
+
+
+def _holders(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor of a folder. Rotary frequencies, which old versions stored, are left out."""
+    files = weight_files(folder)
+    return {name: file for file, names in files.items() for name in names if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _read_tensor(holders: Mapping[str, Path], name: str) -> Tensor:
+    """One tensor, mapped. The file is opened for each: pages read through a mapping count as memory until it is closed."""
+    if name not in holders:
+        raise UserError(f"{next(iter(holders.values())).parent}: the weight {name} of the model is missing")
+    with open_safetensors(holders[name]) as tensors:
+        return tensors.get_tensor(name)
+
+
+def _assemble(
+    folder: Path, config: ModelConfig, holders: Mapping[str, Path], read: Callable[[str], Tensor | NF4Weight]
+) -> Transformer:
+    """The model with the weights that `read` returns by name, put in one after another."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    parameters = dict(model.named_parameters())
+    known = {*parameters, "lm_head.weight"} if config.tie_word_embeddings else parameters.keys()
+    left_over = [name for name in holders if name not in known and not _is_part_of_nf4(name, holders)]
+    if left_over:
+        raise UserError(f"{folder}: {len(left_over)} weights do not belong to the model, {min(left_over)} first")
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        weight = read(name)
+        if tuple(weight.shape) != tuple(parameter.shape):
+            shapes = f"{tuple(weight.shape)}, but config.json asks for {tuple(parameter.shape)}"
+            raise UserError(f"{holders[name]}: {name} has the shape {shapes}")
+        if isinstance(weight, NF4Weight):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoraLinear(weight, model.kernels.nf4))
+        else:
+            setattr(model.get_submodule(path), leaf, nn.Parameter(weight))
+    return model
+
+
+def _is_block_linear(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in BLOCK_LINEARS
+
+
+def _is_part_of_nf4(name: str, holders: Mapping[str, Path]) -> bool:
+    """Whether it lies beside a 4-bit weight of a block: "….q_proj.weight.absmax" and the like."""
+    weight, _, part = name.partition(".weight.")
+    return bool(part) and _is_block_linear(weight) and f"{weight}.weight.absmax" in holders
+
+
+# --------------------------------------------------------------------------------------------------------- 4-bit folders
+
+
+def quantised_state(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The frozen model under the names that transformers and bitsandbytes load; adapters are not among it.
+
+    names: of these weights of the plain model only, by default of all. ValueError for a model without NF4 layers.
+    """
+    model = unwrap(model)
+    if not is_quantised(model):
+        raise ValueError("the model has no 4-bit layers; load it with load_base(quantise='nf4')")
+    parameters, dtype = dict(model.named_parameters()), model.model["embed_tokens"].weight.dtype
+    state = {}
+    for name in plain_shapes(model) if names is None else names:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        if isinstance(layer, LoraLinear) and layer.quantised:
+            state |= to_bitsandbytes(layer.nf4_weight(), name, dtype)
+        else:
+            state[name] = parameters[name].detach()
+    return state
+
+
+def quantised_config(model: nn.Module) -> dict:
+    """config.json of a model with NF4 layers, as transformers reads it."""
+    model = unwrap(model)
+    dtype = model.model["embed_tokens"].weight.dtype
+    plain = []
+    for name in plain_shapes(model):
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        if _is_block_linear(name) and not (isinstance(layer, LoraLinear) and layer.quantised):
+            plain.append(name.removesuffix(".weight"))
+    double = any(isinstance(m, LoraLinear) and m.quantised and m.code is not None for m in model.modules())
+    return model.config.to_hf(dtype) | {
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": double,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            # None: all linear layers but the head
+            "llm_int8_skip_modules": [*plain, "lm_head"] if plain else None,
+        }
+    }
+
+
+def save_quantised(
+    model: nn.Module, folder: str | Path, files: Mapping[str, bytes], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a new folder that transformers with bitsandbytes loads; `files` are further ones, such as the tokenizer's."""
+    sizes = {}
+    for name in plain_shapes(model):
+        sizes[name] = sum(tensor.nbytes for tensor in quantised_state(model, [name]).values())
+    with new_folder(folder) as temporary:
+        for file_name, data in {CONFIG: json_bytes(quantised_config(model)), **files}.items():
+            write_file(temporary / file_name, [data])
+        write_weights(temporary, sizes, lambda names: quantised_state(model, names), max_shard_bytes)
+
+
+# ----------------------------------------------------------------------------------------------------------- new folders
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder, which has the name `folder` once the block is left without an exception, and is gone otherwise.
+
+    UserError where `folder` exists: nothing is ever overwritten.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another name, or remove it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(folder.parent, folder.name)
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_folder(temporary)
+        temporary.rename(folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

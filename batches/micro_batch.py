@@ -1,0 +1,65 @@
+"""What does one rank put through the model at once?"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # the target that is not learned; the field's usual value
+# cu_seqlens is padded with its last entry, so that few lengths occur and compile seldom again
+_CU_SEQLENS_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one rank puts through the model at once. B rows of T tokens.
+
+    input_ids, targets, positions: (B, T) int64; targets are `IGNORE_INDEX` where nothing is learned.
+    cu_seqlens: (num_docs + 1,) int32 over the flattened B·T tokens, padded by repeating its last entry, or None when
+    every row is a single document. weight: how many targets are learned, the number that its summed loss is over.
+    num_tokens: tokens that are not padding, for the rate.
+
+    Packed sequences (packing.py) bring more: sequence_ids (B, T) int64, the number of each token's sequence, with the
+    number of sequences for padding; last_tokens (sequences,) int64, where each ends in the flattened B·T tokens;
+    token_columns {name: (B, T) float32}, figures of the targets; columns {name: (sequences,) float32}.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor | None
+    weight: int
+    num_tokens: int
+    sequence_ids: Tensor | None = None
+    last_tokens: Tensor | None = None
+    token_columns: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """A copy on `device`; to CUDA through pinned memory, so that the copy overlaps with computing."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            targets=move(self.targets),
+            positions=move(self.positions),
+            cu_seqlens=move(self.cu_seqlens),
+            sequence_ids=move(self.sequence_ids),
+            last_tokens=move(self.last_tokens),
+            token_columns={name: move(column) for name, column in self.token_columns.items()},
+            columns={name: move(column) for name, column in self.columns.items()},
+        )
+
+
+def pad_boundaries(boundaries: list[int]) -> Tensor:
+    """cu_seqlens int32 from where documents start and the last ends, padded so that few lengths occur."""
+    padding = -len(boundaries) % _CU_SEQLENS_MULTIPLE
+    return torch.from_numpy(np.pad(np.array(boundaries), (0, padding), mode="edge").astype(np.int32))

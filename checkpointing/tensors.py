@@ -1,0 +1,81 @@
+"""What does a checkpoint hold of a model, its optimizers and the random generators, and under which names?"""
+
+import base64
+import random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ranks import unwrap
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by Hugging Face name, in the model's order; of tied weights only the first.
+
+    Raises ValueError for a model that was replaced by its compiled copy: such names load nowhere.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in unwrap(model).state_dict().items():
+        if "_orig_mod." in name:
+            raise ValueError(f"{name}: compile in place, model.compile(); torch.compile(model) renames the weights")
+        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        tensors[name] = tensor
+    return tensors
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every optimizer state as "PARAMETER_NAME.STATE_NAME"; a step counter is a 0-dimensional tensor."""
+    names = parameter_names(model)
+    return {
+        f"{names[id(parameter)]}.{state_name}": torch.as_tensor(value)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for state_name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in unwrap(model).named_parameters()}
+
+
+def optimizer_names(optimizers: list[torch.optim.Optimizer]) -> str:
+    return "+".join(type(optimizer).__name__ for optimizer in optimizers)
+
+
+def rng_state() -> dict[str, object]:
+    """This process's random generators (torch CPU, current CUDA device, Python, NumPy) as JSON values, no pickle."""
+    version, words, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": _encode(torch.get_rng_state().numpy()),
+        "python": [version, _encode(np.array(words, dtype="<u8")), gauss],
+        "numpy": [algorithm, _encode(keys.astype("<u4")), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _encode(torch.cuda.get_rng_state().numpy())
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what `rng_state` returned. The CUDA part is used only where there is CUDA."""
+    torch.set_rng_state(torch.from_numpy(_decode(state["torch"], "u1")))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(_decode(words, "<u8").tolist()), gauss))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((algorithm, _decode(keys, "<u4"), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(_decode(state["cuda"], "u1")))
+
+
+def _encode(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def _decode(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)
