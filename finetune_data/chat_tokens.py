@@ -136,8 +136,7 @@ def missing_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
     with contextlib.suppress(RefusedMessagesError):
         written += _SPECIAL_LOOKING.findall(template.render(_SAMPLE[:1], add_generation_prompt=True))
         written += _SPECIAL_LOOKING.findall(template.render(_SAMPLE))
-    sources = template.source + (template.tool_source or "")
-    written += [mark for mark in MARKS if mark in sources]
+    written += [mark for mark in MARKS if mark in template.source or mark in (template.tool_source or "")]
     return [token for token in dict.fromkeys(written) if token not in known]
 
 

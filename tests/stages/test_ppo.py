@@ -306,9 +306,9 @@ def test_policy_and_critic_over_one_base_learn_apart():
         names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert names and all(f".{touched}" in name or (touched == "value" and name == "value_head") for name in names)
     with model.acting() as policy:
-        torch.testing.assert_close(policy(tokens), hidden, atol=1e-5, rtol=0)
+        torch.testing.assert_close(policy(tokens), hidden, atol=1e-6, rtol=0)
     with reference_policy(model.policy, None) as reference:
-        torch.testing.assert_close(reference(tokens), a_transformer()(tokens), atol=1e-5, rtol=0)
+        torch.testing.assert_close(reference(tokens), a_transformer()(tokens), atol=1e-6, rtol=0)
     with adapters_off(model.policy):
         assert not torch.allclose(model.policy(tokens), hidden, atol=1e-3)
 
