@@ -14,7 +14,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # what pip says of retries is shown only where it fails: that an index cannot be reached is no fault if another has the package
 AND_SAY_WHY = 2>$(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 1; }
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-all lint options setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python utils.py demo $(if $(CORPUS),--corpus "$(CORPUS)")
@@ -22,9 +22,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
+# all of `make test`, then what it leaves out: the same proofs over large grids
+test-all: test
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "exhaustive and not gpu"
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# the page of all options of train.py, from their declarations
+options: $(VENV)/.installed
+	$(VENV)/bin/python -m training.options_page
 
 setup: $(VENV)/.installed
 	$(VENV)/bin/python utils.py setup

@@ -5,6 +5,7 @@ Lowest layer, beside errors.py. Differences from `argparse.ArgumentParser`:
   - an unknown flag is named before a missing one, with the closest flag that exists; so for a wrong choice
   - an error is one line on stderr, without the usage text, and exit code 2
   - `--help` keeps the line breaks of the description and shows each default that is worth showing
+  - of a parser with very many flags `--help` shows those of a first run; `--help GROUP` and `--help all` show the others
 """
 
 import argparse
@@ -31,7 +32,46 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(**settings, allow_abbrev=False)
+        super().__init__(**settings, allow_abbrev=False, add_help=False)
+        self._first: list[argparse.Action] = []
+        self._help = self.add_argument("-h", "--help", action=_Help, help="show this help and leave")
+
+    def shorten_help(self, first: Iterable[str]) -> None:
+        """Let `--help` show the flags `first` alone; after it may stand the title of a group of flags, or `all`."""
+        self._first = [self._option_string_actions[flag] for flag in first]
+        titles = list(self._titled_groups())
+        self._help.nargs, self._help.metavar = "?", "GROUP"
+        self._help.choices = ["all", *titles]
+        self._help.help = f"show this help, or that of a group, and leave; groups: {', '.join(titles)}, or all"
+
+    def format_help(self, topic: str | None = None) -> str:
+        """The help text, of a group of flags where its title is given, of every flag for `all`."""
+        formatter = self._get_formatter()
+        if topic in self._titled_groups():
+            sections = [self._titled_groups()[topic]]
+        elif self._first and topic is None:
+            formatter.add_usage("%(prog)s [flags]", [], [])
+            formatter.add_text(self.description)
+            formatter.start_section("the flags of a first run")
+            formatter.add_arguments([*self._optionals._group_actions, *self._first])  # --help and what has no group
+            formatter.end_section()
+            sections = []
+        elif self._first:
+            formatter.add_usage("%(prog)s [flags]", [], [])
+            formatter.add_text(self.description)
+            sections = self._action_groups
+        else:
+            return super().format_help()
+        for group in sections:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _titled_groups(self) -> dict[str, Any]:
+        """The groups of flags that the caller made, by title; argparse makes the first two itself."""
+        return {str(group.title): group for group in self._action_groups[2:]}
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
         words = self._as_declared(args)
@@ -78,6 +118,24 @@ class ArgumentParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 action, f"{str(value)!r} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
             )
+
+
+class _Help(argparse.Action):
+    """Prints the parser's help, of one group of flags where that is named, and leaves."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, ArgumentParser)
+        print(parser.format_help(values or None), end="")
+        parser.exit()
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

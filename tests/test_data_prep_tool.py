@@ -9,6 +9,7 @@ import pytest
 
 from dataprep.shards import load_metadata, open_split, verify_dataset
 from dataprep.tokenizers import load_tokenizer
+from tests.tiers import grid
 
 
 @pytest.fixture
@@ -135,7 +136,9 @@ def test_preparing_data_does_not_import_torch(root):
     assert subprocess.run([sys.executable, "-c", script], cwd=root).returncode == 0
 
 
-@pytest.mark.parametrize("kind", [["bpe"], ["wordpiece"], ["tiktoken", "--tiktoken_encoding", "gpt2"]])
+@pytest.mark.parametrize(
+    "kind", grid([["bpe"], ["wordpiece"], ["tiktoken", "--tiktoken_encoding", "gpt2"]], quick=[["bpe"]])
+)
 def test_real_texts_come_back(tool, shared_data, tmp_path, kind):
     output, source = tmp_path / "out", shared_data / "pretrain"
     cache = {"TIKTOKEN_CACHE_DIR": str(shared_data.parent / "tiktoken_cache")}

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.forked import Forked, start_ranks, wait_for
+from tests.tiers import grid
 
 WORDS = "the of and model token loss gradient learns reads writes a small large one two three"
 REWARDED = f"--train_data prompts.jsonl --reward_function {__name__}:share_of_e --max_new_tokens 8 --eval_samples 4"
@@ -115,7 +116,7 @@ def kill_between_checkpoints(given: list, save_dir: Path, streams: Path) -> None
     pytest.fail("the run was over before it could be killed, five times")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", grid(STAGES, quick=["sft_qlora", "dpo", "grpo", "ppo_lora"]))
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(stage, words, whole, tmp_path):
     """Weights, adapters, critic and optimizer state after SIGKILL. Checkpoints are due every five steps; PPO's and GRPO's are
     written where a round of rollouts, of two steps, ends."""
@@ -157,7 +158,7 @@ RANDOM = {
 
 
 @pytest.mark.parametrize("stage", RANDOM)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", grid([2, 3], quick=[2]))
 def test_what_is_drawn_at_random_is_drawn_again_on_ranks_that_were_killed(stage, world_size, workshop, tmp_path):
     """Bit for bit, for every option that draws random numbers; what draws them is dropped from no step of one rank either,
     which is tested above."""

@@ -23,6 +23,7 @@ from model import (
     flops_per_token,
     load_pretrained,
 )
+from tests.tiers import grid
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -325,7 +326,9 @@ def gradients_of(model, ids, bounds, half) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.skipif(why_not_triton(torch.device("cpu")) is not None, reason="triton is not installed")
-@pytest.mark.parametrize(("half", "compiled"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("half", "compiled"), grid([(False, False), (True, False), (True, True)], quick=[(False, False), (True, False)])
+)
 def test_the_model_on_triton_kernels_equals_the_model_in_float64(half, compiled):
     """Packed documents through all kernels, and through torch.compile in one graph: no further from float64 than plain
     PyTorch (at most 1.25 times its own error, which in bf16 is 1 to 3 per cent after two blocks)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import Forked, start_ranks, wait_for
+from tests.tiers import grid
 from tools import merge
 
 WORDS = ["the", "of", "and", "model", "token", "loss", "gradient", "learns", "reads", "writes", "a", "small"]
@@ -176,7 +177,9 @@ def test_the_command_line_wins_and_its_save_dir_is_the_root(whole, run, tmp_path
 # ---- interrupted -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", grid([signal.SIGTERM, signal.SIGKILL], quick=[signal.SIGKILL]), ids=lambda number: number.name
+)
 def test_interrupted_in_the_middle_and_resumed_is_the_run_without_a_break(whole, write_plan, run, tmp_path, number):
     plan = write_plan(tmp_path / "plan", PRETRAIN, SFT + "save_interval = 7\n", DPO)
     out = tmp_path / "plan/run"

@@ -17,6 +17,7 @@ from finetune_data.chat_template import ChatTemplate
 from finetune_data.example_shards import template_digest
 from stages.build import open_stage_data
 from tests.forked import Ended, Forked
+from tests.tiers import grid
 from training.config import TrainConfig
 
 BASE = (
@@ -100,7 +101,7 @@ def undisturbed(first, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", grid(RUNS, quick=["lora", "grpo"]))
 def test_a_base_or_judge_that_trains_on_changes_nothing(name, first, undisturbed, tmp_path):
     place = tmp_path / "place"
     shutil.copytree(first, place, symlinks=True)

@@ -17,6 +17,7 @@ import torch
 
 from kernels.jit import why_not_triton
 from tests.forked import Forked
+from tests.tiers import grid
 
 SMALL = [
     "--hidden_size",
@@ -97,7 +98,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", grid(["muon", "adamw"], quick=["muon"]))
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(train, start, tmp_path, optimizer):
     flags = [*SMALL, *QUIET, *EVERY_7_STEPS, "--max_steps", 60, "--optimizer", optimizer, "--micro_batch_size", 3]
     train(tmp_path / "whole", *flags)
@@ -160,6 +161,7 @@ def test_ranks_and_micro_batches_give_the_same_losses(train, tmp_path):
     assert max(abs(a[step] - b[step]) for step in (13, 14, 15)) < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_three_ranks_resume_bit_for_bit(train, tmp_path):
     """With three ranks the order of a sum matters, and DDP changes it after its first backward pass."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
@@ -270,6 +272,7 @@ def test_bf16_and_fp16_follow_fp32(train, tmp_path):
     assert rows(tmp_path / "fp16", "scaler")[20] > 0 and rows(tmp_path / "bf16", "scaler")[20] is None
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compiled_training_follows_eager_training(train, tmp_path):
     """Losses to 1e-4 over 6 steps (fused fp32 sums in another order), and parameter names without a wrapper's prefix."""

@@ -21,7 +21,7 @@ with an `init_from` of its own starts there. The command line wins over the file
 
 import os
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,14 @@ from typing import Any
 from arguments import did_you_mean
 from checkpointing.load import load_state, resolve_checkpoint
 from errors import UserError
-from training.config import (
-    PRESETS,
-    TrainConfig,
-    coerce_option,
-    is_read,
-    read_config_content,
-    refuse_unread,
-    resolve_config,
-    translated,
-)
+from training.config import is_read, refuse_unread, resolve_config
+from training.config_file import read_config_content, translated
 from training.foreign_config import NAMES, is_foreign, translate_plan
+from training.option import coerce_option
+from training.option_groups import PRESETS, SPECS
 
 _OF_THE_RUN = ("save_dir", "checkpoint", "device")  # options that all stages have in common
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_SPECS = {spec.name: spec for spec in fields(TrainConfig)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ def in_our_words(content: dict[str, Any], path: str) -> tuple[dict[str, Any], li
     tables = content["stages"]
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"--config {path}: stages must be a list of tables, each with a stage and its options")
-    if not is_foreign(content, _SPECS):
+    if not is_foreign(content, SPECS):
         return content, [], [set() for _ in tables]
     return translate_plan(content, path, world_size=int(os.environ.get("WORLD_SIZE", 1)))
 
@@ -190,8 +183,8 @@ def _checked(options: dict[str, Any], where: str) -> dict[str, Any]:
     checked = {}
     for key, value in options.items():
         name = str(key).replace("-", "_")
-        if name not in _SPECS:
-            known = did_you_mean(name, [*_SPECS, *NAMES])
+        if name not in SPECS:
+            known = did_you_mean(name, [*SPECS, *NAMES])
             raise UserError(f"--config {where} sets {key!r}, which is not an option{known}")
-        checked[name] = coerce_option(_SPECS[name], value, where)
+        checked[name] = coerce_option(SPECS[name], value, where)
     return checked

@@ -19,6 +19,7 @@ from dataprep.progress import Progress
 from dataprep.shards import load_metadata, open_split, verify_dataset
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
+from tests.tiers import grid
 
 WORDS = [
     "the",
@@ -369,7 +370,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("kind", grid(["txt", "jsonl"], quick=["txt"]))
 def test_memory_does_not_grow_with_the_corpus(reference, root, tmp_path, kind):
     """25 MB more text in one file, 33 MB for 8 MB, may take 20 MB more; the allocator alone moves by some 8.
 

@@ -13,6 +13,7 @@ from dataprep.special_tokens import MARKS, TURNS
 from dataprep.tokenizers import load_tokenizer
 from dataprep.train_tokenizer import PATTERNS, convert_tiktoken, train_bpe, train_wordpiece
 from errors import UserError
+from tests.tiers import grid
 
 SCRIPTS = (
     "abcdefXYZ 0123456789 .,!?'\"()[]{}/\\-_=+ \n\t\r éßñçøÅ αβγω абвг אבג مرح नमस् 日本語中文 한국 ก"
@@ -185,7 +186,7 @@ def test_transformers_gives_the_same_ids_and_text(tmp_path, files):
             assert theirs.decode(ids) == text
 
 
-@pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
+@pytest.mark.parametrize("name", grid(["gpt2", "o200k_base"], quick=["gpt2"]))
 def test_tiktokens_encodings_keep_their_ids(shared_data, tmp_path, monkeypatch, name):
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data.parent / "tiktoken_cache"))

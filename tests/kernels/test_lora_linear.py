@@ -266,6 +266,7 @@ def test_checkpointing_draws_the_same_masks_again(device, path):
         assert torch.equal(value, again[name]), name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("path", PATHS)
 def test_forward_and_backward_share_a_mask_when_compiled(device, path):
     """W = 0, A = B = I: y is scale · the masked x, and the gradient of its sum names the elements that were kept."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_compile_without_spills_within_limits_and_as_committed(root):
     """Compiled for sm_80 and sm_90, in a process of its own: this one has the interpreter in place of the compiler."""

@@ -20,6 +20,7 @@ from stages.ppo import PPO
 from stages.rewards import Reward
 from tests.ranks import run_ranks
 from tests.stages.drawn_stages import ALONE, gradient_of, loss_and_gradient, train
+from tests.tiers import grid
 from training.parallel import prepare_model
 from training.precision import choose_precision
 
@@ -391,7 +392,7 @@ def proof(kind: str, seed: int) -> tuple[float, float]:
     return before, stage.evaluate(model, everything=True)["val_reward"]
 
 
-@pytest.mark.parametrize("kind", ["full", "adapters"])
+@pytest.mark.parametrize("kind", grid(["full", "adapters"], quick=["full"]))
 def test_it_learns_to_write_small_bytes(kind):
     """From less than six in ten to at least 0.80."""
     before, after = proof(kind, seed=1)

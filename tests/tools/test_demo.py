@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.exhaustive
 def test_from_a_folder_of_text_to_samples_and_again(root, tmp_path):
     corpus = tmp_path / "my corpus"
     corpus.mkdir()

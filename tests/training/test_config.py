@@ -1,7 +1,9 @@
 """Where do a run's options come from, and what happens to wrong ones?"""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,7 +12,10 @@ import pytest
 
 from arguments import ArgumentParser
 from errors import UserError
-from training.config import PRESETS, TrainConfig, add_options, read_config_content, read_config_file, resolve_config
+from training.config import TrainConfig, add_options, resolve_config
+from training.config_file import read_config_content, read_config_file
+from training.option_groups import GROUPS, PRESETS, SPECS
+from training.options_page import PAGE, options_page
 
 
 def parse(*words: str) -> dict:
@@ -209,13 +214,58 @@ def test_no_flag_is_a_prefix_of_a_torchrun_flag():
         assert not [flag for flag in torchrun if flag.startswith(f"--{spec.name}")], spec.name
 
 
-def test_every_flag_has_help_and_the_script_says_so(root):
+def help_text(root, *words: str) -> str:
+    command = [sys.executable, "train.py", "--help", *words]
     environment = {**os.environ, "COLUMNS": "120"}
-    text = subprocess.run(
-        [sys.executable, "train.py", "--help"], cwd=root, capture_output=True, text=True, env=environment, check=True
-    ).stdout
-    for spec in fields(TrainConfig):
-        assert f"--{spec.name}" in text and spec.metadata["help"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+def shown(text: str) -> set[str]:
+    """The options that have an entry of their own in a help text."""
+    return set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
+
+
+def test_help_shows_a_first_runs_flags_and_how_to_see_the_rest(root):
+    text = help_text(root)
+    assert shown(text) == {
+        "stage", "init_from", "data_dir", "train_data", "lora", "preset", "batch_size", "max_steps", "learning_rate",
+        "save_dir", "checkpoint", "config",
+    }  # fmt: skip
+    assert len(text.splitlines()) < 60
+    assert "--help [GROUP]" in text and all(title in text for title in (*GROUPS, "all"))
+
+
+def test_every_option_is_in_the_whole_help_and_in_its_groups(root):
+    assert shown(help_text(root, "all")) == {*SPECS, "config"}
+    for title, group in GROUPS.items():
+        parser = ArgumentParser()
+        add_options(parser)
+        found = shown(parser.format_help(title)) - {"config"}
+        assert found == {spec.name for spec in fields(group)}
+        assert all(spec.help for spec in SPECS.values())
+
+
+def test_a_group_that_is_none_is_said(root):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help", "optimisation"], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "did you mean optimization?" in done.stderr and "hardware" in done.stderr
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_the_example_of_a_group_is_a_command_that_runs(group):
+    """It parses, its options go together, and it shows one of its own group."""
+    _, example = inspect.cleandoc(group.__doc__).split("\n\n")
+    launcher, script, *words = example.split()
+    assert (launcher, script) == ("python", "train.py")
+    _, origins = resolve_config(parse(*words), {"data_dir": ["data"]} if "latest" in words else None)
+    assert {name for name in origins if origins[name] == "command line"} & {spec.name for spec in fields(group)}
+
+
+def test_the_page_of_options_is_current():
+    assert PAGE.read_text(encoding="utf-8") == options_page(), "write it anew with `make options`"
+    assert all(f"`--{name}" in options_page() for name in SPECS)
+    assert max(map(len, options_page().splitlines())) <= 100
 
 
 def given(words: str) -> dict:

@@ -1,0 +1,310 @@
+"""Which options does a run have? All of them, by group: default, values, help, which runs read it, what must hold between them.
+
+A group is one dataclass, whose docstring is what `--help` says of it, with an example command. To add an option, write
+its line here: the flag, the key of `--config` files, the check, the help and docs/options.md follow from it.
+None means: worked out from the other options, the data or the machine, as the help says.
+"""
+
+from dataclasses import dataclass
+
+from errors import UserError
+from kernels.attention import ATTENTION_BACKENDS
+from kernels.choice import OPERATIONS
+from training.optimizers import OPTIMIZERS
+from training.option import (
+    A_SHARE,
+    BELOW_HALF,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Runs,
+    Spec,
+    option,
+    runs_of,
+    specs_of,
+)
+from training.schedule import SCHEDULES
+
+STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")
+PRECISIONS = ("auto", "bf16", "fp16", "none")
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8},
+    "small": {"hidden_size": 768, "num_layers": 12, "num_heads": 12},
+    "medium": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16},
+    "large": {"hidden_size": 1536, "num_layers": 24, "num_heads": 16},
+    "xl": {"hidden_size": 2048, "num_layers": 32, "num_heads": 32},
+}
+_PRESET_SIZES = ", ".join(f"{name} {size['hidden_size']}x{size['num_layers']}" for name, size in PRESETS.items())
+
+PRETRAIN, SFT, REWARD, DPO, GRPO, PPO = (runs_of(stage) for stage in STAGES)
+ROLLOUTS = runs_of("grpo", "ppo")
+FINE_TUNING = Runs("fine-tuning", lambda c: c.stage != "pretrain")
+ADAPTERS = Runs("--lora", lambda c: c.lora)
+NEW_MODELS = Runs("models trained from nothing (--init_from has a shape of its own)", lambda c: c.init_from is None)
+
+
+def dpo_runs(loss: str) -> Runs:
+    """The runs of --stage dpo with this loss."""
+    return Runs(f"--stage dpo --dpo_loss {loss}", lambda c: (c.stage, c.dpo_loss) == ("dpo", loss))
+
+
+# fmt: off
+@dataclass
+class StageOptions:
+    """What is learned, and from which model it starts.
+
+    python train.py --stage sft --init_from checkpoints/mine --train_data answers.jsonl
+    """
+
+    stage: str = option("what is learned: pretrain (the next token of text), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers)", "pretrain", choices=STAGES)
+    init_from: str | None = option("model to start from: a Hugging Face folder, or a run or checkpoint of groundup; its tokenizer and shape are taken", None)
+
+
+@dataclass
+class DataOptions:
+    """Text that data_prep_tool.py has prepared.
+
+    python train.py --data_dir data/mine data/code --data_weights 0.8 0.2 --max_length 1024
+    """
+
+    data_dir: list[str] = option("folder(s) written by data_prep_tool.py; several are mixed by --data_weights, and validation reads the first. Fine-tuning takes one, of --format sft or preference, in place of --train_data", [])
+    data_weights: list[float] = option("share of the samples drawn from each --data_dir (default: by their number of tokens)", [], bound=POSITIVE, read_by=PRETRAIN)
+    max_length: int | None = option("tokens in a row (default: what the data was prepared with)", None, bound=POSITIVE)
+    stride: int | None = option("overlap of neighbouring rows in tokens (default: what the data was prepared with; 0 when --max_length is given)", None, bound=NOT_NEGATIVE, read_by=PRETRAIN)
+    document_mask: bool = option("documents packed into one row do not see each other", True, read_by=PRETRAIN)
+
+    def check_data(self) -> None:
+        """UserError for weights that are not one for each folder."""
+        if self.data_weights and len(self.data_weights) != len(self.data_dir):
+            raise UserError(
+                f"--data_weights has {len(self.data_weights)} values for {len(self.data_dir)} folders in --data_dir; "
+                "give one for each, or none"
+            )
+
+
+@dataclass
+class ExamplesOptions:
+    """Examples to learn from in every stage but pretrain.
+
+    python train.py --stage sft --init_from checkpoints/mine --train_data answers.csv --rename_columns question=prompt answer=completion
+    """
+
+    train_data: list[str] = option("files of examples for every stage but pretrain: .json, .jsonl, .csv, .tsv, .parquet, also .gz; what their columns mean is detected and printed", [])
+    eval_data: list[str] = option("files of held-out examples (default: --eval_fraction of --train_data)", [], read_by=FINE_TUNING)
+    eval_fraction: float = option("share of --train_data held out where there is no --eval_data; 0 holds none out", 0.02, bound=BELOW_ONE, read_by=(FINE_TUNING, Runs("runs without --eval_data", lambda c: not c.eval_data)))
+    rename_columns: list[str] = option("column=meaning, for columns of other names: question=prompt answer=completion", [], read_by=FINE_TUNING)
+    train_on: str = option("tokens that are learned in sft: assistant (every answer), last (the last answer) or all", "assistant", choices=("assistant", "last", "all"), read_by=SFT)
+    chat_template: str | None = option("chatml, llama3 or a Jinja file (default: the model's own, else chatml)", None, read_by=FINE_TUNING)
+    add_chat_tokens: bool = option("sft: give the tokenizer the special tokens that the chat template writes and it lacks, and the model rows for them, which learn, with --lora too", False, read_by=SFT)
+    neftune_alpha: float = option("sft: noise on the embeddings of alpha / sqrt(length * width); 5 is usual, 0 is none", 0.0, bound=NOT_NEGATIVE, read_by=SFT)
+
+    def check_examples(self) -> None:
+        """UserError for a renaming that does not name both."""
+        for pair in self.rename_columns:
+            if not all(pair.partition("=")):
+                raise UserError(f"--rename_columns {pair}: write column=meaning, such as question=prompt")
+
+
+@dataclass
+class AdaptersOptions:
+    """Low-rank adapters (LoRA, DoRA), over 4-bit weights too (QLoRA).
+
+    python train.py --stage sft --init_from checkpoints/mine --train_data answers.jsonl --lora --lora_r 32 --load_in_4bit
+    """
+
+    lora: bool = option("freeze the model and train low-rank adapters beside its linear layers", False)
+    lora_r: int = option("rank", 16, bound=POSITIVE, read_by=ADAPTERS)
+    lora_alpha: float = option("what B A is multiplied with, over the rank", 32.0, bound=POSITIVE, read_by=ADAPTERS)
+    lora_dropout: float = option("dropout of the adapters' input", 0.0, bound=BELOW_ONE, read_by=ADAPTERS)
+    lora_target_modules: list[str] = option("layers that get one: names such as q_proj v_proj, or all-linear", ["all-linear"], read_by=ADAPTERS)
+    rslora: bool = option("divide --lora_alpha by the rank's square root instead", False)
+    dora: bool = option("learn each output's magnitude apart from its direction", False)
+    load_in_4bit: bool = option("keep the frozen linear layers in NF4 (QLoRA)", False)
+
+    def check_adapters(self) -> None:
+        """UserError for a way of training adapters without adapters."""
+        if (self.load_in_4bit or self.dora or self.rslora) and not self.lora:
+            raise UserError("--load_in_4bit, --dora and --rslora are ways of training adapters: add --lora")
+
+
+@dataclass
+class PreferenceOptions:
+    """Learning from pairs and labelled answers: --stage dpo and reward.
+
+    python train.py --stage dpo --init_from checkpoints/answers --train_data pairs.jsonl --dpo_loss ipo --dpo_beta 0.2
+    """
+
+    dpo_loss: str = option("sigmoid, ipo, hinge, simpo, orpo or kto", "sigmoid", choices=("sigmoid", "ipo", "hinge", "simpo", "orpo", "kto"), read_by=DPO)
+    dpo_beta: float = option("how much a log-probability ratio counts against the reference; orpo: the weight of its odds ratio", 0.1, bound=POSITIVE, read_by=DPO)
+    label_smoothing: float = option("sigmoid: probability that a pair is the wrong way round (conservative DPO)", 0.0, bound=BELOW_HALF, read_by=dpo_runs("sigmoid"))
+    simpo_gamma: float = option("simpo: the margin that chosen must win by", 0.5, bound=NOT_NEGATIVE, read_by=dpo_runs("simpo"))
+    kto_desirable_weight: float = option("kto: of the loss of desirable answers; where one kind is rarer, weigh it more", 1.0, bound=POSITIVE, read_by=dpo_runs("kto"))
+    kto_undesirable_weight: float = option("kto: of the loss of the others", 1.0, bound=POSITIVE, read_by=dpo_runs("kto"))
+    reference_cache: str | None = option("folder that keeps the reference's log-probabilities for the next run on the same examples, or none (default: beside the data)", None, read_by=Runs("--stage dpo on all weights with a loss that has a reference", lambda c: c.stage == "dpo" and not c.lora and c.dpo_loss not in ("simpo", "orpo")))
+    center_rewards: float = option("reward: weight of (chosen + rejected)^2, which keeps scores around zero", 0.01, bound=NOT_NEGATIVE, read_by=REWARD)
+
+
+@dataclass
+class ReinforcementOptions:
+    """Learning from rewards of the model's own answers: --stage grpo and ppo.
+
+    python train.py --stage grpo --init_from checkpoints/answers --train_data questions.jsonl --reward_function numeric_answer --group_size 8
+    """
+
+    reward_function: list[str] = option("what answers are worth: exact_answer, numeric_answer, format=REGEX, regex=REGEX, length=TOKENS, or package.module:function of your own; several are added", [], read_by=ROLLOUTS)
+    reward_weights: list[float] = option("of each --reward_function, then of --reward_model (default: 1 each)", [], read_by=ROLLOUTS)
+    reward_model: str | None = option("folder of a model trained with --stage reward that judges answers", None, read_by=ROLLOUTS)
+    reward_timeout: float = option("seconds that one call of a reward function may take", 60.0, bound=POSITIVE, read_by=ROLLOUTS)
+    max_new_tokens: int = option("longest answer", 256, bound=POSITIVE, read_by=ROLLOUTS)
+    temperature: float = option("of drawing answers; nothing else is cut from the distribution", 1.0, bound=POSITIVE, read_by=ROLLOUTS)
+    rollout_batch_size: int = option("answers drawn at a time on a rank", 64, bound=POSITIVE, read_by=ROLLOUTS)
+    num_minibatches: int = option("optimizer steps that share one round of answers, each on --batch_size prompts", 1, bound=POSITIVE, read_by=ROLLOUTS)
+    rollout_epochs: int | None = option("passes over each round of answers (default: 4 for ppo, 1 for grpo)", None, bound=POSITIVE, read_by=ROLLOUTS)
+    group_size: int = option("grpo: answers to each prompt", 8, read_by=GRPO)
+    grpo_loss: str = option("grpo, dr_grpo, dapo, gspo or cispo", "grpo", choices=("grpo", "dr_grpo", "dapo", "gspo", "cispo"), read_by=GRPO)
+    clip_low: float | None = option("how far the probability ratio may go below 1 (default: each loss's own)", None, bound=POSITIVE, read_by=Runs("--stage grpo with another loss than cispo", lambda c: c.stage == "grpo" and c.grpo_loss != "cispo"))
+    clip_high: float | None = option("how far it may go above 1 (default: each loss's own; ppo clips at 0.2 both ways)", None, bound=POSITIVE, read_by=ROLLOUTS)
+    mask_truncated: bool = option("grpo: nothing is learned from answers that did not end", False, read_by=GRPO)
+    kl_coefficient: float | None = option("weight of the KL to the reference (default: 0.05 for ppo, 0 for grpo)", None, bound=NOT_NEGATIVE, read_by=ROLLOUTS)
+    kl_target: float | None = option("ppo: adapt the weight to this KL an answer, in nats", None, bound=POSITIVE, read_by=PPO)
+    discount: float = option("ppo: what a reward one token later is worth (gamma)", 1.0, bound=A_SHARE, read_by=PPO)
+    gae_lambda: float = option("ppo: trace decay of generalised advantage estimation", 0.95, bound=A_SHARE, read_by=PPO)
+    value_coefficient: float = option("ppo: weight of the critic's loss", 0.1, bound=NOT_NEGATIVE, read_by=PPO)
+    value_clip: float = option("ppo: how far a value may move from the one at the rollout before its loss stops falling", 0.2, bound=POSITIVE, read_by=PPO)
+    whiten_rewards: bool = option("ppo: divide the rewards of a round by their standard deviation", False, read_by=PPO)
+    missing_eos_penalty: float = option("ppo: taken from the score of an answer that did not end", 0.0, bound=NOT_NEGATIVE, read_by=PPO)
+    eval_samples: int = option("held-out prompts answered at each evaluation; 0 takes all", 64, bound=NOT_NEGATIVE, read_by=ROLLOUTS)
+
+    def check_rewards(self, stage: str) -> None:
+        """UserError for answers that nothing judges, or for weights that are not one for each judge."""
+        judges = len(self.reward_function) + (self.reward_model is not None)
+        if not judges:
+            raise UserError(f"--stage {stage} needs --reward_function or --reward_model: what an answer is worth")
+        if self.reward_weights and len(self.reward_weights) != judges:
+            raise UserError(f"--reward_weights has {len(self.reward_weights)} values for {judges} rewards")
+
+
+@dataclass
+class ModelOptions:
+    """The shape of a model that is trained from nothing.
+
+    python train.py --data_dir data/mine --preset small --num_kv_heads 4 --qk_norm
+    """
+
+    preset: str | None = option("sets --hidden_size, --num_layers and --num_heads: " + _PRESET_SIZES, None, choices=tuple(PRESETS), read_by=NEW_MODELS)
+    vocab_size: int | None = option("must be the tokenizer's, which it defaults to; the weights are padded to a multiple of 128", None, read_by=PRETRAIN)
+    hidden_size: int = option("width of the residual stream", 768, bound=POSITIVE, read_by=NEW_MODELS)
+    num_layers: int = option("transformer blocks", 12, bound=POSITIVE, read_by=NEW_MODELS)
+    num_heads: int = option("attention heads; must divide --hidden_size (default: those of the preset of that size, else heads of 64, or of 128 where 64 does not divide)", 12, bound=POSITIVE, read_by=NEW_MODELS)
+    num_kv_heads: int | None = option("key/value heads, shared by groups of heads; must divide --num_heads (default: --num_heads)", None, bound=POSITIVE, read_by=NEW_MODELS)
+    intermediate_size: int | None = option("width of the SwiGLU MLP (default: 8/3 of --hidden_size, rounded up to a multiple of 64)", None, bound=POSITIVE, read_by=NEW_MODELS)
+    rope_theta: float = option("base of the rotary embedding; 500000 is usual for rows of 4096 tokens and more", 10000.0, bound=POSITIVE, read_by=NEW_MODELS)
+    qk_norm: bool = option("RMSNorm on each query and key head; the checkpoint is then a Qwen3 instead of a Llama", False, read_by=NEW_MODELS)
+    tie_word_embeddings: bool = option("one matrix for embedding and head; saves memory below some 350M parameters", False, read_by=NEW_MODELS)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Llama's 8/3 of the width, so that three matrices cost what two of 4x did; a multiple of 64 for the GEMMs."""
+        return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
+
+    def check_model(self) -> None:
+        """UserError for heads that do not divide the width, or that rotary embedding cannot pair."""
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"--num_heads {self.num_heads} does not divide --hidden_size {self.hidden_size}; "
+                f"{_divisors_near(self.hidden_size, self.num_heads)} would"
+            )
+        if (self.hidden_size // self.num_heads) % 2:
+            raise UserError(
+                f"--hidden_size {self.hidden_size} / --num_heads {self.num_heads} gives heads of odd width "
+                f"{self.hidden_size // self.num_heads}, which rotary embedding cannot pair; choose another --num_heads"
+            )
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"--num_kv_heads {self.kv_heads} does not divide --num_heads {self.num_heads}; "
+                f"{_divisors_near(self.num_heads, self.kv_heads)} would"
+            )
+
+
+@dataclass
+class OptimizationOptions:
+    """Batches, steps, the learning rate and the optimizer.
+
+    python train.py --data_dir data/mine --batch_size 64 --micro_batch_size 8 --max_steps 20000 --learning_rate 1e-3
+    """
+
+    batch_size: int = option("sequences a step, over all ranks and micro-batches", 32, bound=POSITIVE)
+    micro_batch_size: int | None = option("sequences a forward pass on one rank; the rest is accumulated (default: a rank's whole share of the batch)", None, bound=POSITIVE)
+    max_steps: int = option("optimizer steps of the run (fine-tuning: from --num_epochs where it is not given)", 100_000, bound=POSITIVE)
+    num_epochs: float | None = option("fine-tuning: passes over --train_data (default: 3 for sft, 1 otherwise)", None, bound=POSITIVE, read_by=FINE_TUNING)
+    learning_rate: float = option("peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4, bound=POSITIVE)
+    warmup_steps: float | None = option("steps of linear warm-up, or below 1 a share of --max_steps (default: 2000, or a tenth of --max_steps where that is less)", None, bound=NOT_NEGATIVE)
+    schedule: str = option("after the warm-up: cosine, linear, or wsd (constant, then linear over the last --decay_fraction)", "wsd", choices=SCHEDULES)
+    decay_fraction: float = option("share of the run over which wsd decays", 0.5, bound=A_SHARE, read_by=Runs("--schedule wsd", lambda c: c.schedule == "wsd"))
+    min_lr_fraction: float = option("the last step's learning rate as a fraction of the peak", 0.0, bound=A_SHARE)
+    optimizer: str = option("muon (matrices of the blocks; AdamW for the rest) or adamw, which fine-tuning takes", "muon", choices=OPTIMIZERS)
+    weight_decay: float = option("decoupled decay on matrices; norms and embeddings have none; 0 in fine-tuning", 0.1, bound=NOT_NEGATIVE)
+    beta1: float = option("AdamW: decay of the first moment", 0.9, bound=BELOW_ONE)
+    beta2: float = option("AdamW: decay of the second moment", 0.95, bound=BELOW_ONE)
+    grad_clip: float = option("largest global gradient norm; 0 does not clip", 1.0, bound=NOT_NEGATIVE)
+    z_loss: float = option("weight of the squared log-normaliser (1e-5 is usual); kept out of the reported loss", 0.0, bound=NOT_NEGATIVE, read_by=PRETRAIN)
+
+
+@dataclass
+class HardwareOptions:
+    """Device, precision, kernels and compilation.
+
+    python train.py --data_dir data/mine --mixed_precision bf16 --compile_model --attention flash-attn
+    """
+
+    device: str = option("auto, cpu, cuda or mps", "auto", choices=("auto", "cpu", "cuda", "mps"))
+    mixed_precision: str = option("bf16, fp16 (with a loss scaler), none, or auto, which the flag alone means too: bf16 on a GPU that has it, fp16 on one that has not, none on a CPU", "auto", choices=PRECISIONS, value_if_bare="auto")
+    kernels: list[str] = option("auto, triton or torch; then, for single ones, operation=triton or operation=torch (operations: " + ", ".join(OPERATIONS) + "). auto: Triton on a GPU, and with --compile_model only where it beats the compiler", ["auto"])
+    attention: str = option("back end of attention: auto (a varlen kernel for packed documents on a GPU, else sdpa), sdpa, varlen, flash-attn, fa3, fa4 or flex", "auto", choices=ATTENTION_BACKENDS)
+    compile_model: bool = option("torch.compile the model in place", False)
+    peak_tflops: float | None = option("peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None, bound=POSITIVE)
+
+
+@dataclass
+class RunOptions:
+    """Where a run is kept, how often it looks up, and how it goes on.
+
+    python train.py --save_dir checkpoints/mine --checkpoint latest --max_steps 30000
+    """
+
+    save_dir: str = option("where checkpoints, metrics.jsonl and the plot go", "./checkpoints")
+    checkpoint: str | None = option("resume from this checkpoint folder, or from the newest whole one: latest", None)
+    save_interval: int | None = option("steps between checkpoints (default: --eval_interval)", None, bound=POSITIVE)
+    keep_checkpoints: int = option("newest checkpoints to keep (the best one is kept too); 0 keeps all", 3, bound=NOT_NEGATIVE)
+    log_interval: int = option("steps between log lines", 100, bound=POSITIVE)
+    eval_interval: int = option("steps between evaluations on the validation split; 0 evaluates at the end only", 500, bound=NOT_NEGATIVE)
+    eval_tokens: int = option("validation tokens read at each evaluation; 0 reads all. The last evaluation always reads all", 1_000_000, bound=NOT_NEGATIVE, read_by=Runs("stages that evaluate on given text, and not on answers of their own (--eval_samples)", lambda c: c.stage not in ("grpo", "ppo")))
+    sample_prompt: str = option("text to continue at each evaluation; an empty text draws no sample", "The ")
+    sample_tokens: int = option("tokens of that sample", 100, bound=NOT_NEGATIVE, read_by=Runs("runs with a --sample_prompt", lambda c: bool(c.sample_prompt)))
+    seed: int = option("of the initial weights and of the data order", 0)
+# fmt: on
+
+
+GROUPS: dict[str, type] = {
+    "stage": StageOptions,
+    "data": DataOptions,
+    "examples": ExamplesOptions,
+    "adapters": AdaptersOptions,
+    "preference": PreferenceOptions,
+    "reinforcement": ReinforcementOptions,
+    "model": ModelOptions,
+    "optimization": OptimizationOptions,
+    "hardware": HardwareOptions,
+    "run": RunOptions,
+}
+SPECS: dict[str, Spec] = {name: spec for group in GROUPS.values() for name, spec in specs_of(group).items()}
+
+
+def _divisors_near(number: int, wish: int) -> str:
+    below = max(d for d in range(1, wish + 1) if number % d == 0)
+    above = min(d for d in range(wish, number + 1) if number % d == 0)
+    return f"{below} or {above}" if below != above else str(below)
