@@ -29,6 +29,7 @@ test-all: test
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # the page of all options of train.py, from their declarations
 options: $(VENV)/.installed

@@ -73,7 +73,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """The groups of flags that the caller made, by title; argparse makes the first two itself."""
         return {str(group.title): group for group in self._action_groups[2:]}
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:  # type: ignore[override]
         words = self._as_declared(args)
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
@@ -84,7 +84,7 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unexpected argument {unknown[0]!r}; see --help")
         return known
 
-    def parse_known_args(
+    def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[Any, list[str]]:
         return super().parse_known_args(self._as_declared(args), namespace)

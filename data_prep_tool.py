@@ -24,7 +24,16 @@ OF_BOTH = ("input_dir", "output_dir", "format", "overwrite", "max_length", "shar
 def build_parser() -> ArgumentParser:
     """All flags, in groups."""
     parser = ArgumentParser(prog="data_prep_tool.py", description=__doc__)
-    group = parser.add_argument_group("input and output")
+    add_input_flags(parser.add_argument_group("input and output"))
+    add_tokenizer_flags(parser.add_argument_group("tokenizer"))
+    add_dataset_flags(parser.add_argument_group("dataset"))
+    add_example_flags(parser.add_argument_group("examples (--format sft and preference)"))
+    group = parser.add_argument_group("running")
+    group.add_argument("--num_workers", type=int, default=4, help="processes that read and encode")
+    return parser
+
+
+def add_input_flags(group: Any) -> None:
     group.add_argument("--input_dir", type=Path, required=True, help="folder of text, read with all its subfolders")
     group.add_argument(
         "--format",
@@ -40,7 +49,8 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--text_key", default="text", help="key of the text in .json and .jsonl objects")
     group.add_argument("--overwrite", action="store_true", help="make a finished dataset in --output_dir anew")
 
-    group = parser.add_argument_group("tokenizer")
+
+def add_tokenizer_flags(group: Any) -> None:
     group.add_argument(
         "--tokenizer_type",
         choices=TOKENIZER_TYPES,
@@ -74,7 +84,8 @@ def build_parser() -> ArgumentParser:
         help="train the tokenizer on a fixed sample of at most this many bytes",
     )
 
-    group = parser.add_argument_group("dataset")
+
+def add_dataset_flags(group: Any) -> None:
     group.add_argument("--max_length", type=int, default=2048, help="tokens of a chunk (a window) in training")
     group.add_argument(
         "--stride",
@@ -90,7 +101,8 @@ def build_parser() -> ArgumentParser:
     )
     group.add_argument("--shard_tokens", type=int, default=256_000_000, help="tokens of a shard, at most")
 
-    group = parser.add_argument_group("examples (--format sft and preference)")
+
+def add_example_flags(group: Any) -> None:
     group.add_argument(
         "--tokenizer_from",
         type=Path,
@@ -111,10 +123,6 @@ def build_parser() -> ArgumentParser:
         help="tokens of a chat that are learned: every answer, the last answer, or all",
     )
     group.add_argument("--chat_template", help="chatml, llama3 or a Jinja file (default: the model's own, else chatml)")
-
-    group = parser.add_argument_group("running")
-    group.add_argument("--num_workers", type=int, default=4, help="processes that read and encode")
-    return parser
 
 
 def refuse_flags_of_the_other_kind(parser: ArgumentParser, args: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ class UserError(Exception):
 
 def explain_os_error(error: OSError) -> str | None:
     """The sentence for a storage error (no space, no permission, read-only), or None for any other OSError."""
-    reason = _STORAGE_ERRORS.get(error.errno)
+    reason = _STORAGE_ERRORS.get(error.errno or 0)
     return f"{error.filename or 'writing'}: {reason}" if reason else None
 
 

@@ -10,6 +10,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class CallTimeout(Exception):
@@ -20,7 +23,7 @@ class _TimeUp(BaseException):
     """What is raised in the call; not an Exception, so that a function's `except Exception` does not take it."""
 
 
-def call_within(seconds: float, function: Callable[[], object]) -> object:
+def call_within(seconds: float, function: Callable[[], T]) -> T:
     """function(), or CallTimeout when it took longer than `seconds` of wall-clock time.
 
     It runs in the calling thread, whichever that is, so what it may do in the main thread it still may. A watching thread

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from paths import inside
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # what each family's reader assumes where config.json is silent (transformers 4 and 5)
-_FAMILY_DEFAULTS = {
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
@@ -50,6 +50,12 @@ _FIXED = {
     "partial_rotary_factor": 1,
     "quantization_config": None,
 }
+
+_DERIVED: Any = None  # a field's default that __post_init__ replaces by what follows from the others
+
+
+def _not_given(value: Any) -> bool:
+    return value is None
 
 
 @dataclass
@@ -66,8 +72,8 @@ class ModelConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = _DERIVED
+    head_dim: int = _DERIVED
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -79,18 +85,18 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
+        if _not_given(self.num_key_value_heads):
             self.num_key_value_heads = self.num_attention_heads
         for name in (*_REQUIRED, "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         # transformers' LlamaConfig insists on this even where head_dim is given; its Qwen3Config does not
-        if self.hidden_size % self.num_attention_heads and (self.head_dim is None or not self.qk_norm):
+        if self.hidden_size % self.num_attention_heads and (_not_given(self.head_dim) or not self.qk_norm):
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
                 "change one of them"
             )
-        if self.head_dim is None:
+        if _not_given(self.head_dim):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
@@ -153,7 +159,8 @@ class ModelConfig:
             if config.get(name, 0) is None and not (name == "rope_theta" and config.get("rope_parameters")):
                 raise UserError(f"config.json: {name} is null; give it a number, or leave the field out")
         theta, scaling = _rope_from_hf(config)
-        given = {**_FAMILY_DEFAULTS[family], **{name: config[name] for name in config if name in cls.__annotations__}}
+        given: dict[str, Any] = dict(_FAMILY_DEFAULTS[family])
+        given |= {name: config[name] for name in config if name in cls.__annotations__}
         given |= {"rope_theta": theta, "rope_scaling": scaling, "qk_norm": family == "qwen3"}
         given.setdefault("rms_norm_eps", 1e-6)
         return cls(**given)
@@ -247,7 +254,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = (part.view(batch, length, -1, self.head_dim) for part in self.projections(x))  # (B, T, A or K, D)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, shared.kernels.rms_norm), self.k_norm(k, shared.kernels.rms_norm)
         q, k = rope(q, k, shared.cos, shared.sin, implementation=shared.kernels.rope)
         if shared.cache is not None:
@@ -296,6 +303,16 @@ _INIT_STD = 0.02
 _CUT = 3.0  # standard deviations
 
 
+class Body(nn.Module):
+    """All but the head, under the name that Hugging Face's Llama gives it: `model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
 class Transformer(nn.Module):
     """The model. `forward` ends at the final norm; the head is applied by the loss, chunk by chunk, or by `logits`.
 
@@ -310,20 +327,14 @@ class Transformer(nn.Module):
         self.kernels = kernels
         # gives the head's weight where some rows of it alone learn (adapters/token_rows.py)
         self.head_gradient: Callable[[nn.Module], Tensor] | None = None
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = Body(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, H): what turns a hidden state into logits; the embedding itself when tied."""
-        layer = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
+        layer = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         if self.head_gradient is None or not torch.is_grad_enabled():
             return layer.weight
         return self.head_gradient(layer)
@@ -345,9 +356,9 @@ class Transformer(nn.Module):
         cache: holds the tokens before these ones; it takes in these ones. Not together with cu_seqlens.
         """
         batch, length = input_ids.shape
-        x = self.model["embed_tokens"](input_ids)  # (B, T, H)
+        x = self.model.embed_tokens(input_ids)  # (B, T, H)
         past = 0 if cache is None else cache.length
-        computed_in = {"dtype": _compute_dtype(x), "backend": self.kernels.attention}
+        computed_in: dict[str, Any] = {"dtype": _compute_dtype(x), "backend": self.kernels.attention}
         if cu_seqlens is None:
             mask = causal_mask(length, past + length, x.device, **computed_in)
         else:
@@ -361,11 +372,11 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         shared = Shared(cos, sin, mask, cache, self.kernels)
         update = None
-        for block in self.model["layers"]:
+        for block in self.model.layers:
             x, update = block(x, update, shared)
         if cache is not None:
             cache.length += length
-        return self.model["norm"].add(x, update, self.kernels.rms_norm)[0]
+        return self.model.norm.add(x, update, self.kernels.rms_norm)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, V) fp32 logits of hidden states (…, H). For sampling and tests; training uses linear_cross_entropy."""

@@ -23,7 +23,7 @@ def inside(folder: Path, name: object, named_in: str) -> Path:
     A link may lead to a file of the same folder, or, in Hugging Face's cache, from snapshots/COMMIT to the blobs of the same
     model; the folder itself may be reached through links, for that is the user's own doing.
     """
-    if not is_plain_name(name):
+    if not isinstance(name, str) or not is_plain_name(name):
         raise UserError(
             f"{folder / named_in} names the file {name!r}, which is not a plain name of a file beside it; correct the folder"
         )

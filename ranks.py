@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,8 +88,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, or the model itself."""
+def unwrap(model: nn.Module) -> Any:
+    """The model inside DDP, or the model itself: of whichever class the caller built."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 

@@ -33,7 +33,8 @@ from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError, run_script
 from generation.sampling import stream_text
 from kernels.attention import activate, choose_attention, describe_attention
-from kernels.choice import choose_kernels, describe_kernels
+from kernels.choice import KernelChoice, choose_kernels, describe_kernels
+from model import ModelConfig
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
 from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.grpo import GRPO
@@ -42,7 +43,7 @@ from tools.run_plan import run_plan
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, device_name, git_commit, next_command, versions
 from training.loading import build_model, checkpoint_parts, make_optimizers, read_shape, reward_adapter
-from training.metrics import Clock, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
+from training.metrics import Clock, Figures, Metrics, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets
 from training.plan import RunPlan, example_sizes, format_plan, grown, model_shape, plan_run
 from training.precision import LossScaler, Precision, choose_precision
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         exit_code = run_plan(stages, given, first_look, ranks, run_stage)
     else:
         finished, stop = run_stage(given, ranks)
-        exit_code = 0 if finished else 128 + stop.agreed(ranks)
+        received = stop.agreed(ranks)
+        exit_code = 0 if finished or received is None else 128 + received
     stop_ranks(ranks, exit_code)
     return exit_code
 
@@ -98,7 +100,9 @@ def run_stage(
         finished = run.step >= run.config.max_steps
         if run.step > start_step:
             received = stop.agreed(ranks)
-            event, words = ("finish", "finished") if finished else ("stop", f"stopped by {received.name}")
+            event, words = ("finish", "finished")
+            if received and not finished:
+                event, words = ("stop", f"stopped by {received.name}")
             advice = next_command(run.config, finished, in_plan=from_file is not None)
             run.log.event(run.step, event, f"{words} at step {run.step:,}; {advice}")
         run.log.status("finished" if finished else "stopped", run.step)
@@ -115,50 +119,32 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     if config.batch_size < ranks.world_size:
         raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
     config, pins, said = stand_on(config, saved, resumed_from)
-    precision = choose_precision(config.mixed_precision, ranks.device)
     base = Path(config.init_from) if config.init_from else None
     base_shape = read_shape(base) if base else None
-    head_dim = base_shape.head_dim if base_shape else config.hidden_size // config.num_heads
-    attention = choose_attention(config.attention, ranks.device, precision.dtype, head_dim=head_dim)
-    activate(attention)
-    kernels = choose_kernels(config.kernels, ranks.device, config.compile_model, attention)
+    precision, kernels = choose_numerics(config, base_shape, ranks.device)
     torch.manual_seed(config.seed)
-    if ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
 
     # ------------------------------------------------------------------------------------------------------------- data
-    context = base_shape and base_shape.max_position_embeddings
+    context = base_shape.max_position_embeddings if base_shape else None
     data = open_stage_data(config, base, context, saved.get("data_order"), resumed_from)
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
-    if base_shape:  # longer rows and new tokens make it larger, as data.report says
-        base_shape = grown(base_shape, data.max_length, data.tokenizer.vocab_size if data.num_new_tokens else 0)
     if config.stage != "pretrain" and origins["max_steps"] == "default":
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
 
     # ------------------------------------------------------------------------------------------------------------- plan
     tokenizer = data.tokenizer
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-    shape = base_shape or model_shape(config, tokenizer.vocab_size, data.max_length, *ends)
+    shape = shape_of(config, base_shape, data)
     plan = plan_run(
         config, shape, max_length=data.max_length, world_size=ranks.world_size,
         half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
-        judge_over_base=base is not None and reward_adapter(config, base) is not None,
-        **example_sizes(config, data.train),
+        judge_over_base=reward_adapter(config, base) is not None, **example_sizes(config, data.train),
     )  # fmt: skip
     peak = config.peak_tflops or peak_tflops(ranks.device, precision.dtype)
-    described_attention = describe_attention(attention, ranks.device, precision.dtype, head_dim=shape.head_dim)
+    attention = describe_attention(kernels.attention, ranks.device, precision.dtype, head_dim=shape.head_dim)
     start_step = saved.get("step", 0)
     log = RunLog(config.save_dir, is_main=ranks.is_main, max_steps=config.max_steps, start_step=start_step)
-    log.say(
-        format_plan(plan, config, shape, {
-            "precision": precision.reason,
-            "kernels": describe_kernels(kernels, ranks.device, config.compile_model),
-            "attention": described_attention,
-            "device": f"{device_name(ranks.device)} x {ranks.world_size}",
-            "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
-        })
-    )  # fmt: skip
-    for sentence in said + data.report:
+    described = machine_lines(config, precision, kernels, attention, ranks, peak)
+    for sentence in [format_plan(plan, config, shape, described), *said, *data.report]:
         log.say(sentence)
 
     # ------------------------------------------------------------------------------------------------ model, optimizers
@@ -174,17 +160,51 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         if saved["world_size"] == ranks.world_size:
             set_rng_state(saved["rng"][ranks.rank])
     model = prepare_model(raw_model, ranks, compile_model=config.compile_model)
-    table = {**dataclasses.asdict(kernels), "attention": described_attention}
-    log.start(describe_run(config, origins, plan, ranks, precision, data.order, table))
+    log.start(describe_run(config, origins, plan, ranks, precision, data.order, kernels, attention))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
     stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size, pins)
     if isinstance(stage, (GRPO, PPO)) and resumed_from:
         stage.load_state(saved["stage"])
-    run = Run(config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data)
-    run.stands_on, run.step, run.samples = pins, start_step, saved.get("samples_consumed", 0)
-    run.tokens = saved.get("tokens_consumed", run.samples * data.max_length)
-    run.empty_steps = saved.get("empty_steps", 0)
-    return run
+    samples = saved.get("samples_consumed", 0)
+    return Run(
+        config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, start_step, samples,
+        tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0),
+    )  # fmt: skip
+
+
+def choose_numerics(
+    config: TrainConfig, base_shape: ModelConfig | None, device: torch.device
+) -> tuple[Precision, KernelChoice]:
+    """What the run computes in and on: precision, kernels and the attention among them, which is switched on."""
+    precision = choose_precision(config.mixed_precision, device)
+    head_dim = base_shape.head_dim if base_shape else config.hidden_size // config.num_heads
+    attention = choose_attention(config.attention, device, precision.dtype, head_dim=head_dim)
+    activate(attention)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
+    return precision, choose_kernels(config.kernels, device, config.compile_model, attention)
+
+
+def shape_of(config: TrainConfig, base_shape: ModelConfig | None, data: StageData) -> ModelConfig:
+    """The model's: the base's, which longer rows and new tokens make larger, or that of the options."""
+    tokenizer = data.tokenizer
+    if base_shape:
+        return grown(base_shape, data.max_length, tokenizer.vocab_size if data.num_new_tokens else 0)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model_shape(config, tokenizer.vocab_size, data.max_length, *ends)
+
+
+def machine_lines(
+    config: TrainConfig, precision: Precision, kernels: KernelChoice, attention: str, ranks: Ranks, peak: float | None
+) -> dict[str, str]:
+    """The lines of the plan that say what the run computes in and on, and why."""
+    return {
+        "precision": precision.reason,
+        "kernels": describe_kernels(kernels, ranks.device, config.compile_model),
+        "attention": attention,
+        "device": f"{device_name(ranks.device)} x {ranks.world_size}",
+        "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
+    }
 
 
 @contextlib.contextmanager
@@ -280,9 +300,9 @@ class Run:
         self.bad_steps = torch.zeros((), device=self.ranks.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
-    def backward(self, micro_batches: list[MicroBatch], total_weight: float) -> dict[str, tuple[Tensor, float]]:
+    def backward(self, micro_batches: list[MicroBatch], total_weight: float) -> Metrics:
         """Forward and backward over this rank's micro-batches; gradients become those of Σ loss / total_weight over all ranks."""
-        sums: dict[str, tuple[Tensor, float]] = {}
+        sums: Metrics = {}
         for index, batch in enumerate(micro_batches):
             with gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
                 with self.precision.autocast(self.ranks.device):
@@ -290,13 +310,12 @@ class Run:
                 # DDP averages over ranks; the mean wanted is over tokens, so its division is undone
                 (loss * (self.scaler.scale * (self.ranks.world_size / total_weight))).backward()
             for name, (value, weight) in metrics.items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + value, before[1] + weight)
+                sums[name] = (sums[name][0] + value, sums[name][1] + weight) if name in sums else (value, weight)
         return sums
 
     def optimizer_step(
         self, micro_batches: list[MicroBatch], lr_factor: float, stop_here: bool
-    ) -> tuple[dict[str, tuple[Tensor, float]], Tensor | None, bool]:
+    ) -> tuple[Metrics, Tensor | None, bool]:
         """One step on the global batch. Returns (metric sums of this rank, gradient norm, whether any rank wants to stop).
 
         Where no rank has anything to learn, weights and optimizer stay as they are and the norm is None: momentum and decay
@@ -326,7 +345,7 @@ class Run:
         # a step without a finite gradient is left out on the device: weights and optimizer state keep their bits
         finite = torch.isfinite(grad_norm)
         for optimizer in self.optimizers:
-            optimizer.found_inf = (~finite).float()
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # where torch's own look for it
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor
             optimizer.step()
@@ -379,7 +398,7 @@ class Run:
         result = save_checkpoint(
             self.config.save_dir, step, model=self.model, optimizers=self.optimizers, state=state, files=files,
             keep_checkpoints=self.config.keep_checkpoints, stop_ids=self.data.stop_ids,
-            **checkpoint_parts(self.config, self.model, Path(self.config.init_from) if self.config.lora else None),
+            **checkpoint_parts(self.config, self.model),
         )  # fmt: skip
         if result.ok:
             self.failed_saves, self.saved_step = 0, step
@@ -432,7 +451,7 @@ class Run:
 
 
 def train_row(
-    run: Run, figures: dict[str, float | None], lr_factor: float, grad_norm: Tensor | None, clock: Clock
+    run: Run, figures: Figures, lr_factor: float, grad_norm: Tensor | None, clock: Clock
 ) -> TrainRow:  # fmt: skip
     plan, seconds = run.plan, clock.seconds_per_step()
     rate = clock.tokens / max(1, clock.steps) / seconds

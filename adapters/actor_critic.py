@@ -98,6 +98,8 @@ def scores_of(model: RewardModel | Transformer, adapter: str | None = None, head
 
     def scores(batch: MicroBatch) -> Tensor:
         documents = batch.input_ids, batch.positions, batch.cu_seqlens, batch.input_ids.shape[1]
-        return model(*documents) if adapter is None else adapter_scores(model, adapter, head, *documents)
+        if adapter is None or head is None:
+            return model(*documents)
+        return adapter_scores(model, adapter, head, *documents)
 
     return scores

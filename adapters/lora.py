@@ -152,7 +152,9 @@ class LoraLinear(nn.Module):
             self.weight.data = self.augmented[:, : self.shape[1]]
 
     def nf4_weight(self) -> NF4Weight:
-        return NF4Weight(*(getattr(self, name) for name in _NF4_TENSORS), self.shape, *self.blocks)
+        tensors = {name: getattr(self, name) for name in _NF4_TENSORS}
+        block, absmax_block = self.blocks
+        return NF4Weight(**tensors, shape=self.shape, block=block, absmax_block=absmax_block)
 
     def frozen_weight(self) -> Tensor:
         """W (out, in) in fp32; the weight itself if it is fp32."""
@@ -289,7 +291,7 @@ def join_projections(model: Transformer, implementation: str) -> None:
 
     For LoRA on all of these, without dropout, over weights that are not quantised; ValueError otherwise.
     """
-    for block in model.model["layers"]:
+    for block in model.model.layers:
         for part, norm, names in _STACKS:
             layers = [getattr(getattr(block, part), name) for name in names]
             if not all(_is_plain_lora(layer) for layer in layers):
@@ -370,7 +372,7 @@ def place_adapters(
     for module in model.modules():
         if isinstance(module, LoraLinear):  # the kernels may have been chosen after the base was loaded
             module.implementation = model.kernels.nf4
-    model.adapters = {**adapter_settings(model), name: settings}
+    vars(model)["adapters"] = {**adapter_settings(model), name: settings}
     if rows:
         _take_measured_paths(model, rows)
 
@@ -395,7 +397,7 @@ def _take_measured_paths(model: Transformer, rows: int) -> None:
             layer.take_path(_measured_path([layer], rows))
     if model.kernels.lora != "triton":
         return
-    for block in model.model["layers"]:
+    for block in model.model.layers:
         for part, _, names in _STACKS:
             stack = [getattr(getattr(block, part), name) for name in names]
             if not all(_is_plain_lora(layer) for layer in stack) or _measured_path(stack, rows) != "augmented":
@@ -436,8 +438,10 @@ def store_after_steps(model: nn.Module, optimizers: Iterable[torch.optim.Optimiz
 def store_learned(model: nn.Module) -> None:
     """Bring those copies of B, and of rows that learn, up to date; needed wherever others than an optimizer changed them."""
     for module in model.modules():
-        if isinstance(module, (LoraLinear, NormProjections)) and module.stored_adapters():
-            store_adapters(module.augmented, module.stored_adapters())
+        if not isinstance(module, (LoraLinear, NormProjections)) or module.augmented is None:
+            continue
+        if stored := module.stored_adapters():
+            store_adapters(module.augmented, stored)
     store_rows(model)
 
 
@@ -487,11 +491,11 @@ def merged_state(
     frozen weights, which for NF4 is the embedding's. names: of these weights only, by default of all. Neither the model
     nor its tied embedding changes.
     """
-    model = unwrap(model)
-    parameters, dtype = dict(model.named_parameters()), dtype or model.model["embed_tokens"].weight.dtype
+    inner = unwrap(model)
+    parameters, dtype = dict(inner.named_parameters()), dtype or inner.model.embed_tokens.weight.dtype
     state = {}
-    for name in plain_shapes(model) if names is None else names:
-        layer = model.get_submodule(name.removesuffix(".weight"))
+    for name in plain_shapes(inner) if names is None else names:
+        layer = inner.get_submodule(name.removesuffix(".weight"))
         tensor = layer.merged_weight() if isinstance(layer, LoraLinear) else parameters[name].detach()
         state[name] = tensor.to(dtype)
     return state

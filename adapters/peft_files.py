@@ -160,7 +160,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     settings = _settings_from(config, folder, _paths(state, folder))
     layers = dict(unwrap(model).named_modules())
     _check_targets(config["target_modules"], config, settings.targets, layers, folder)
-    wanted = {} if _score(model) is None else {_PREFIX + SCORE: tuple(_score(model).shape)}
+    score = _score(model)
+    wanted: dict[str, tuple[int, ...]] = {} if score is None else {_PREFIX + SCORE: tuple(score.shape)}
     learning = token_rows(model) if name == "default" else {}
     wanted |= {_row_key(layer): tuple(one.trainable_tokens_delta.shape) for layer, one in learning.items()}
     for path in settings.targets:
@@ -278,7 +279,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _paths(state: Iterable[str], folder: Path) -> tuple[str, ...]:
     """The layers that have tensors in the file, in its order. UserError for one that takes no adapter here."""
-    paths = {}
+    paths: dict[str, None] = {}  # a set that keeps its order
     for key in state:
         if key in (_PREFIX + SCORE, _row_key("embed_tokens"), _row_key("lm_head")):
             continue
@@ -335,7 +336,8 @@ def _computed(layers: Mapping[str, nn.Module], name: str) -> dict[str, tuple[flo
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
-    return layer.shape if isinstance(layer, LoraLinear) else tuple(layer.weight.shape)
+    rows, columns = layer.shape if isinstance(layer, LoraLinear) else layer.get_parameter("weight").shape
+    return rows, columns
 
 
 def _check_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str | Path) -> None:
@@ -472,13 +474,13 @@ def quantised_state(model: nn.Module, names: Iterable[str] | None = None) -> dic
 
     names: of these weights of the plain model only, by default of all. ValueError for a model without NF4 layers.
     """
-    model = unwrap(model)
-    if not is_quantised(model):
+    inner = unwrap(model)
+    if not is_quantised(inner):
         raise ValueError("the model has no 4-bit layers; load it with load_base(quantise='nf4')")
-    parameters, dtype = dict(model.named_parameters()), model.model["embed_tokens"].weight.dtype
-    state = {}
-    for name in plain_shapes(model) if names is None else names:
-        layer = model.get_submodule(name.removesuffix(".weight"))
+    parameters, dtype = dict(inner.named_parameters()), inner.model.embed_tokens.weight.dtype
+    state: dict[str, Tensor] = {}
+    for name in plain_shapes(inner) if names is None else names:
+        layer = inner.get_submodule(name.removesuffix(".weight"))
         if isinstance(layer, LoraLinear) and layer.quantised:
             state |= to_bitsandbytes(layer.nf4_weight(), name, dtype)
         else:
@@ -488,15 +490,15 @@ def quantised_state(model: nn.Module, names: Iterable[str] | None = None) -> dic
 
 def quantised_config(model: nn.Module) -> dict:
     """config.json of a model with NF4 layers, as transformers reads it."""
-    model = unwrap(model)
-    dtype = model.model["embed_tokens"].weight.dtype
+    inner = unwrap(model)
+    dtype = inner.model.embed_tokens.weight.dtype
     plain = []
-    for name in plain_shapes(model):
-        layer = model.get_submodule(name.removesuffix(".weight"))
+    for name in plain_shapes(inner):
+        layer = inner.get_submodule(name.removesuffix(".weight"))
         if _is_block_linear(name) and not (isinstance(layer, LoraLinear) and layer.quantised):
             plain.append(name.removesuffix(".weight"))
-    double = any(isinstance(m, LoraLinear) and m.quantised and m.code is not None for m in model.modules())
-    return model.config.to_hf(dtype) | {
+    double = any(isinstance(m, LoraLinear) and m.quantised and m.code is not None for m in inner.modules())
+    return inner.config.to_hf(dtype) | {
         "quantization_config": {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,

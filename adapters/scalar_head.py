@@ -63,7 +63,7 @@ class RewardModel(Transformer):
             del self.lm_head
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(
+    def forward(  # type: ignore[override]  # scores are of whole texts: there is no cache to go on from
         self,
         input_ids: Tensor,
         positions: Tensor | None = None,
@@ -173,4 +173,4 @@ def padding_files(folder: str | Path) -> dict[str, bytes]:
 
 
 def _end_ids(config: ModelConfig) -> list[int | None]:
-    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [*config.eos_token_id] if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -7,6 +7,7 @@ the model takes that weight as it is, and only the gradients know of the paramet
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,11 @@ def padded(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def vocabulary_layers(model: nn.Module) -> dict[str, nn.Module]:
+def vocabulary_layers(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
     """The layers with a row for each id, by name: "embed_tokens", and "lm_head" where it is another weight."""
     inner = unwrap(model)
     head = {"lm_head": inner.lm_head} if hasattr(inner, "lm_head") else {}
-    return {"embed_tokens": inner.model["embed_tokens"], **head}
+    return {"embed_tokens": inner.model.embed_tokens, **head}
 
 
 @torch.no_grad()
@@ -60,7 +61,9 @@ def write_rows(model: Transformer, layer: str, ids: Tensor, rows: Tensor) -> Non
 class TokenRows(nn.Module):
     """The rows (n, H) fp32 of some ids of a layer, under PEFT's names: LAYER.token_adapter.trainable_tokens_delta."""
 
-    def __init__(self, layer: nn.Module, ids: Tensor):
+    ids: Tensor
+
+    def __init__(self, layer: nn.Embedding | nn.Linear, ids: Tensor):
         super().__init__()
         self.register_buffer("ids", ids, persistent=False)  # (n,) int64, ascending
         self.trainable_tokens_delta = nn.Parameter(layer.weight.detach()[ids].float())
@@ -70,14 +73,14 @@ def learn_rows(model: Transformer, ids: Sequence[int]) -> None:
     """Let these rows of embedding and head learn, whose weights are frozen. The model computes what it did."""
     for layer in vocabulary_layers(model).values():
         layer.token_adapter = TokenRows(layer, torch.tensor(sorted(ids), device=layer.weight.device))
-    model.model["embed_tokens"].register_forward_hook(_embedded)
+    model.model.embed_tokens.register_forward_hook(_embedded)
     model.head_gradient = _head_gradient
 
 
 def token_rows(model: nn.Module) -> dict[str, TokenRows]:
     """The rows that learn, by the name of their layer; empty for a model in which none do."""
     layers = vocabulary_layers(model)
-    return {name: layer.token_adapter for name, layer in layers.items() if hasattr(layer, "token_adapter")}
+    return {name: rows for name, layer in layers.items() if (rows := getattr(layer, "token_adapter", None)) is not None}
 
 
 @torch.no_grad()
@@ -85,17 +88,18 @@ def store_rows(model: nn.Module) -> None:
     """Copy what the rows learned into the weights that they are rows of."""
     for layer in model.modules():
         if isinstance(rows := getattr(layer, "token_adapter", None), TokenRows):
-            layer.weight[rows.ids] = rows.trainable_tokens_delta.to(layer.weight.dtype)
+            weight = layer.get_parameter("weight")
+            weight[rows.ids] = rows.trainable_tokens_delta.to(weight.dtype)
 
 
-def _embedded(layer: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+def _embedded(layer: Any, arguments: tuple[Tensor], output: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return output
     rows = layer.token_adapter
     return _RowsOfEmbedding.apply(output, arguments[0], rows.trainable_tokens_delta, rows.ids)
 
 
-def _head_gradient(layer: nn.Module) -> Tensor:
+def _head_gradient(layer: Any) -> Tensor:
     rows = layer.token_adapter
     return _RowsOfHead.apply(layer.weight, rows.trainable_tokens_delta, rows.ids)
 

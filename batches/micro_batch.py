@@ -36,14 +36,18 @@ class MicroBatch:
     token_columns: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def num_sequences(self) -> int:
+        """Of packed sequences only."""
+        assert self.last_tokens is not None, "these rows are not packed sequences"
+        return len(self.last_tokens)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`; to CUDA through pinned memory, so that the copy overlaps with computing."""
         if device.type == "cpu":
             return self
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
+        def move(tensor: Tensor) -> Tensor:
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
         return replace(
@@ -51,9 +55,9 @@ class MicroBatch:
             input_ids=move(self.input_ids),
             targets=move(self.targets),
             positions=move(self.positions),
-            cu_seqlens=move(self.cu_seqlens),
-            sequence_ids=move(self.sequence_ids),
-            last_tokens=move(self.last_tokens),
+            cu_seqlens=None if self.cu_seqlens is None else move(self.cu_seqlens),
+            sequence_ids=None if self.sequence_ids is None else move(self.sequence_ids),
+            last_tokens=None if self.last_tokens is None else move(self.last_tokens),
             token_columns={name: move(column) for name, column in self.token_columns.items()},
             columns={name: move(column) for name, column in self.columns.items()},
         )

@@ -134,6 +134,7 @@ def _micro_batch(rows: list[list[tuple[int, Sequence]]], width: int | None) -> M
 
 def sequence_sums(values: Tensor, batch: MicroBatch) -> Tensor:
     """(B, T) figures of tokens, summed over each sequence: (sequences,), in their dtype. Differentiable."""
-    count = len(batch.last_tokens)
+    count = batch.num_sequences
+    assert batch.sequence_ids is not None
     sums = values.new_zeros(count + 1)  # one more for the padding
     return sums.index_add(0, batch.sequence_ids.flatten(), values.flatten())[:count]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +84,8 @@ class Draw:
         return torch.randint(below, shape, device=self.device, generator=self.generator)
 
 
-Inputs = dict[str, object]
-Way = Callable[..., object]
+Inputs = dict[str, Any]
+Way = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ class Operation:
     """
 
     name: str
-    sizes: dict[str, object]
+    sizes: dict[str, Any]
     bound: str
-    work: Callable[[object, int], tuple[float, float]]
-    inputs: Callable[[object, Draw], Inputs]
+    work: Callable[[Any, int], tuple[float, float]]
+    inputs: Callable[[Any, Draw], Inputs]
     reference: Way
     ways: dict[str, Way | Prepared]
     floors: dict[str, Way] = field(default_factory=dict)

@@ -28,9 +28,10 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +45,16 @@ from arguments import ArgumentParser  # noqa: E402
 from batches.micro_batch import IGNORE_INDEX, MicroBatch  # noqa: E402
 from bench.finetune_data import Settings, in_one_row, in_order, padded, sequences_of, write_random_model  # noqa: E402
 from bench.measure import device_slug, environment, first_line, read_results, synchronize, write_results  # noqa: E402
-from bench.step import ALPHA, LINEAR_LAYERS, RANK, Skipped  # noqa: E402
+from bench.step import ALPHA, LINEAR_LAYERS, RANK, Skipped, bare_run  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from kernels.attention import activate, choose_attention  # noqa: E402
 from kernels.choice import choose_kernels  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from stages.sft import SFT  # noqa: E402
-from train import Run  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.examples_data import ExampleFeed  # noqa: E402
 from training.loading import read_shape  # noqa: E402
+from training.metrics import Metrics  # noqa: E402
 from training.optimizers import build_optimizers  # noqa: E402
 from training.parallel import prepare_model  # noqa: E402
 from training.precision import LossScaler, Precision, choose_precision  # noqa: E402
@@ -69,7 +70,7 @@ LEARNING_RATE = 2e-4
 
 
 @torch.no_grad()
-def draw_adapters(adapters: dict[str, Tensor]) -> None:
+def draw_adapters(adapters: Mapping[str, Tensor]) -> None:
     """The same A for the same layer in every library, and B zero; the names are PEFT's."""
     for name, tensor in adapters.items():
         if name.endswith("lora_B.weight"):
@@ -111,11 +112,11 @@ def peer_model(task: str, folder: Path, device: torch.device, precision: Precisi
         )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **settings)
     model.config.use_cache = False
-    adapters = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, adapters)  # adapters in fp32, whatever the frozen weights are in
-    named = {name.replace(".default", ""): tensor for name, tensor in model.named_parameters() if ".lora_" in name}
+    adapters = peft.LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, adapters)  # adapters in fp32, whatever the frozen weights are in
+    named = {name.replace(".default", ""): tensor for name, tensor in adapted.named_parameters() if ".lora_" in name}
     draw_adapters(named)
-    return model.train()
+    return adapted.train()
 
 
 class PeerStage:
@@ -124,12 +125,13 @@ class PeerStage:
     def __init__(self, packed: bool) -> None:
         self.packed = packed
 
-    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         # transformers moves the labels by one token itself; a mean over one item is a sum
         labels = torch.cat([torch.full_like(batch.targets[:, :1], IGNORE_INDEX), batch.targets[:, :-1]], 1)
         if self.packed:
             layout = {"position_ids": batch.positions}
         else:
+            assert batch.sequence_ids is not None
             layout = {"attention_mask": (batch.sequence_ids < len(batch.sequence_ids)).long()}
         total = model(input_ids=batch.input_ids, labels=labels, num_items_in_batch=1, **layout).loss
         return total, {"loss": (total.detach(), batch.weight)}
@@ -159,7 +161,7 @@ def measure(task: str, way: str, settings: Settings, folder: Path) -> dict:
         return {"skipped": str(reason)}
     optimizers = build_optimizers(model, name="adamw", learning_rate=LEARNING_RATE, weight_decay=0.0)
     store_after_steps(model, optimizers)
-    stage = SFT(feed) if way in OWN else PeerStage(packed=way.endswith("packed"))
+    stage: Any = SFT(feed) if way in OWN else PeerStage(packed=way.endswith("packed"))
 
     def batches(step: int) -> list[MicroBatch]:
         groups = feed.groups(step * settings.batch_size)
@@ -170,7 +172,7 @@ def measure(task: str, way: str, settings: Settings, folder: Path) -> dict:
 
     options = TrainConfig(batch_size=settings.batch_size)
     scaler = LossScaler(device, enabled=precision.dtype == torch.float16)
-    run = Run(options, None, None, ranks, precision, None, stage, model, optimizers, scaler, None)
+    run = bare_run(options, ranks, precision, stage, model, optimizers, scaler)
     loading = peak_gib(device)
     gc.collect()
     reset_peak(device)
@@ -180,7 +182,7 @@ def measure(task: str, way: str, settings: Settings, folder: Path) -> dict:
 
 
 def time_steps(
-    step: Callable[[list[MicroBatch]], tuple[Tensor, float]],
+    step: Callable[[list[MicroBatch]], tuple[Tensor, Any]],
     batches: Callable[[int], list[MicroBatch]],
     settings: Settings,
 ) -> dict:

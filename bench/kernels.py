@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def learnable(operation: Operation, inputs: Inputs) -> Inputs:
     }
 
 
-def outputs_of(result: object) -> list[Tensor]:
+def outputs_of(result: Any) -> list[Tensor]:
     results = (result,) if isinstance(result, Tensor) else tuple(result)
     return [output for output in results if output.is_floating_point()]
 
@@ -117,7 +118,7 @@ def gradients(outputs: list[Tensor], wanted: list[Tensor], upstream: list[Tensor
 
 
 def times_of(
-    operation: Operation, size: object, prepared: Prepared, device: torch.device, dtype: torch.dtype,
+    operation: Operation, size: Any, prepared: Prepared, device: torch.device, dtype: torch.dtype,
     limits: dict, directions: tuple[str, ...] = DIRECTIONS,
 ) -> dict:  # fmt: skip
     """{direction: {ms, wall_ms, how, rate, share}} and peak_mib of one provider; `notes` on a direction it cannot do."""
@@ -137,11 +138,11 @@ def times_of(
     def both(number: int) -> list[Tensor]:
         return gradients(forward(number), wanted[number], upstream)
 
-    def kept(number: int) -> Callable[[], object]:
+    def kept(number: int) -> Callable[[], Any]:
         outputs = forward(number)
         return lambda: gradients(outputs, wanted[number], upstream, keep=True)
 
-    row = {}
+    row: dict[str, Any] = {}
     work = dict(zip(DIRECTIONS, operation.work(size, dtype.itemsize), strict=False))
     work["both"] = sum(work.values())
     calls = {
@@ -173,7 +174,7 @@ def achieved(bound: str, work: float, milliseconds: float, limits: dict) -> dict
 
 
 def measure_row(
-    operation: Operation, size: object, provider: str, device: torch.device, dtype: torch.dtype, limits: dict
+    operation: Operation, size: Any, provider: str, device: torch.device, dtype: torch.dtype, limits: dict
 ) -> dict:
     """Errors, times and peak of one provider, or the reason why there are none."""
     reason = why_not_triton(device)
@@ -282,7 +283,7 @@ def sweep(results: dict, path: Path, args, device: torch.device, dtype: torch.dt
     table = operations()
     found = results.setdefault("sweeps", {})
 
-    def run(name: str, operation: Operation, size: str, value: int, way: Way, direction: str) -> None:
+    def run(name: str, operation: Operation, size: str, value: int, way: Any, direction: str) -> None:
         at_size = found.setdefault(name, {}).setdefault(size, {})
         if str(value) in at_size or time.time() > args.until:
             return

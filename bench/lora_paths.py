@@ -72,7 +72,7 @@ def measure(shape: list[int], dtype: torch.dtype, device: torch.device) -> dict[
     ways = ["base", *PATHS]
     if device.type == "cpu" or why_not_triton(device):
         ways.remove("one_pass")
-    best = {}
+    best: dict[str, float] = {}
     with measuring(device):
         for _ in range(ROUNDS[device.type]):
             for path in ways:

@@ -103,7 +103,7 @@ def _graph_milliseconds(calls: Sequence[Call], wall: float) -> float:
     """`wall`, an upper bound of a call's milliseconds, says how many calls make a graph long enough."""
     wanted = min(GRAPH_CALLS, GRAPH_MILLISECONDS / wall)
     rounds = max(1, round(wanted / len(calls)))
-    results = deque(maxlen=len(calls))  # kept that long, so that each set of inputs has outputs of its own
+    results: deque[Any] = deque(maxlen=len(calls))  # kept that long, so that each set of inputs has outputs of its own
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(rounds):
@@ -162,7 +162,9 @@ def tensor_peak_bytes(call: Call, device: torch.device) -> int:
     """`peak_bytes` on a CPU too, where the profiler tells every allocation and release of tensors; a library's own
     working memory (oneDNN's, MKL's) is not among them. Takes far longer than the call, so it is for single ones."""
     if device.type == "cuda":
-        return peak_bytes(call, device)
+        peak = peak_bytes(call, device)
+        assert peak is not None
+        return peak
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result
@@ -244,7 +246,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    described = {
+    described: dict[str, Any] = {
         "device": device_slug(device),
         "processor": processor(),
         "versions": versions,
@@ -283,7 +285,7 @@ def read_results(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def write_results(path: Path, results: dict[str, Any], digits: int = 4) -> None:
+def write_results(path: Path, results: dict[str, Any] | list[Any], digits: int = 4) -> None:
     """Replace the file at once: a run that is stopped leaves all rows before it. More significant digits than a timing
     has would be noise in every diff."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +71,13 @@ def own_layer(part: str, shape: Shape, way: str, device: torch.device, dtype: to
     """The MLP or the whole block of our model, and its forward pass."""
     kernels = choose_kernels(["auto"], device, compiled=False)
     model = Transformer(shape.model, kernels).to(device, dtype)
-    block = model.model["layers"][0]
+    block: Any = model.model.layers[0]
     draw(block, device)
     add_adapters(model, rank=RANK, alpha=ALPHA, quantise="nf4")
     if way == "naive":
         for layer in block.modules():
             if isinstance(layer, LoraLinear):
-                layer.forward = partial(keeping_the_decoded_weight, layer)
+                layer.forward = partial(keeping_the_decoded_weight, layer)  # type: ignore[method-assign]
     positions = torch.arange(shape.length, device=device)[None]
     tables = rotary_tables(positions, shape.model.head_dim, shape.model.rope_theta, shape.model.rope_scaling)
     shared = Shared(*tables, None, None, kernels)
@@ -105,7 +106,7 @@ def peer_layer(part: str, shape: Shape, device: torch.device, dtype: torch.dtype
     for parent in (block.self_attn, block.mlp):
         for name, layer in list(parent.named_children()):
             if name in LINEAR_LAYERS:
-                setattr(parent, name, linear_4bit(layer.weight))
+                setattr(parent, name, linear_4bit(layer.get_parameter("weight")))
     for parameter in block.parameters():
         parameter.requires_grad_(False)
     with_peft(block, LINEAR_LAYERS, RANK, ALPHA, fp32_adapters=True)
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         config = shape.model
         print(f"width {config.hidden_size}, MLP {config.intermediate_size}, {shape.rows * shape.length} tokens, bf16")
         for part in PARTS:
-            rows = {}
+            rows: dict[str, dict] = {}
             for way in WAYS:
                 try:
                     rows[way] = measure(part, shape, way, device, torch.bfloat16)

@@ -22,6 +22,7 @@ n = tokens · hidden, m = tokens · mlp, h = tokens · (heads + key-value heads)
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -204,10 +205,17 @@ def _head_operations() -> list[Operation]:
         return product, 2 * product
 
     sizes = {name: SIZES[name] for name in ("tiny", *MODELS)}
-    common = {"learned": ("hidden", "weight"), "tokens": ("hidden", "targets")}
+    common: dict[str, Any] = {"learned": ("hidden", "weight"), "tokens": ("hidden", "targets")}
     torch_way = {"torch": _torch_loss} if hasattr(torch.nn, "LinearCrossEntropyOptions") else {}
-    loss_ways = {"chunked torch": chunked_loss("torch"), **torch_way, "ours": chunked_loss("triton")}
-    statistics_ways = {"chunked torch": _chunked_statistics("torch"), "ours": _chunked_statistics("triton")}
+    loss_ways: dict[str, Way | Prepared] = {
+        "chunked torch": chunked_loss("torch"),
+        **torch_way,
+        "ours": chunked_loss("triton"),
+    }
+    statistics_ways: dict[str, Way | Prepared] = {
+        "chunked torch": _chunked_statistics("torch"),
+        "ours": _chunked_statistics("triton"),
+    }
     return [
         Operation(
             "linear_cross_entropy",
@@ -367,9 +375,8 @@ def _naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sdpa(backend: str) -> Way:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
-            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(
-                1, 2
-            )
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     return call
 

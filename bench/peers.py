@@ -4,7 +4,9 @@ Liger-Kernel (0.8), Unsloth (2026), bitsandbytes (0.50), peft (0.21) and transfo
 function for an operation of operations.py, called as the library calls it in training. `Missing` says why there is none.
 """
 
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,14 +192,12 @@ def linear_4bit(weight: Tensor) -> nn.Module:
     return layer.to(weight.device)
 
 
-def with_peft(
-    model: nn.Module, targets: list[str], rank: int, alpha: float, *, fp32_adapters: bool = False
-) -> nn.Module:
+def with_peft(model: nn.Module, targets: list[str], rank: int, alpha: float, *, fp32_adapters: bool = False) -> Any:
     """peft's adapters on the named layers: in fp32 as it trains them under autocast, or in the layers' dtype, which is
     the fastest for it outside of autocast."""
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none")
+    config = peft.LoraConfig(r=rank, lora_alpha=int(alpha), lora_dropout=0.0, target_modules=targets, bias="none")
     return peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
 
 
@@ -221,7 +221,7 @@ def _peft_lora(packed: bool) -> Prepared:
     return Prepared(lambda inputs: _peft_prepare(inputs, packed), lambda x, a, b, layer: layer(x))
 
 
-_WAYS = {
+_WAYS: dict[str, dict[str, Callable[[], Any]]] = {
     "liger": {
         "rms_norm": _liger_rms_norm,
         "add_rms_norm": _liger_add_rms_norm,

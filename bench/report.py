@@ -122,11 +122,10 @@ def targets(results: dict, steps: dict) -> list[Target]:
         whole = [pair for pair in whole if None not in pair]
         ours = get("linear_cross_entropy", size, "ours", "both", "ms")
         peak = get("linear_cross_entropy", size, "ours", "peak_mib")
-        measured = whole and ours is not None and peak is not None
-        fastest, its_peak = min(whole) if whole else (1.0, 1.0)
+        fastest, its_peak = min(whole) if whole else (None, None)
         name = f"linear_cross_entropy, {size}, beside the fastest with whole logits"
-        listed.append(Target(f"{name}: time", ours / fastest if measured else None, 1.08, factor))
-        listed.append(Target(f"{name}: peak memory", peak / its_peak if measured else None, 1 / 6, factor))
+        listed.append(Target(f"{name}: time", ours / fastest if ours and fastest else None, 1.08, factor))
+        listed.append(Target(f"{name}: peak memory", peak / its_peak if peak and its_peak else None, 1 / 6, factor))
     for operation, way in (("lora_linear", "ours augmented"), ("norm_lora_linear", "ours")):
         for size in sizes(operation):
             ours, base = (get(operation, size, provider, "forward", "ms") for provider in (way, "base"))
@@ -289,7 +288,7 @@ def draw(results: dict, image: Path) -> bool:
         for number, provider in enumerate(providers):
             places = [place + (number - (len(providers) - 1) / 2) * width for place in range(len(sizes))]
             heights = [100 * shares.get(provider, 0.0) for shares in sizes.values()]
-            color = plt.get_cmap("tab20").colors[PROVIDERS.index(firsts[number])]  # the same in every plot
+            color = plt.get_cmap("tab20")(PROVIDERS.index(firsts[number]))  # the same in every plot
             hatch = ("", "///", "xxx", "...")[firsts[:number].count(firsts[number])]
             axis.bar(places, heights, width, label=provider, color=color, hatch=hatch, edgecolor="white")
         axis.axhline(100, color="gray", linewidth=0.8, linestyle=":")

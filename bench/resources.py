@@ -113,7 +113,9 @@ def resources(kernel) -> dict[str, int]:
             subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, f"cuobjdump says nothing of registers: {usage}"
+    registers, stack = map(int, found.groups())
     return {
         "warps": kernel.metadata.num_warps,
         "registers": registers,

@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from adapters.lora import add_adapters, join_projections, store_after_steps  # noqa: E402
+from adapters.lora import LoraLinear, add_adapters, join_projections, store_after_steps  # noqa: E402
 from arguments import ArgumentParser  # noqa: E402
 from batches.micro_batch import IGNORE_INDEX, MicroBatch  # noqa: E402
 from bench import report  # noqa: E402
@@ -45,10 +46,10 @@ from ranks import Ranks  # noqa: E402
 from stages.pretrain import Pretrain  # noqa: E402
 from train import Run  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
-from training.metrics import peak_tflops  # noqa: E402
+from training.metrics import Metrics, peak_tflops  # noqa: E402
 from training.optimizers import build_optimizers  # noqa: E402
 from training.parallel import prepare_model  # noqa: E402
-from training.precision import LossScaler, choose_precision  # noqa: E402
+from training.precision import LossScaler, Precision, choose_precision  # noqa: E402
 
 WARM_UP, SECONDS = 3, 3.0  # steps before the clock starts; timed steps go on for about that long
 RANK, ALPHA = 16, 32.0
@@ -122,9 +123,11 @@ def own_model(task: str, config: ModelConfig, way: str, device: torch.device, to
         add_adapters(model, rank=RANK, alpha=ALPHA, quantise="nf4" if task == "qlora" else None, rows=rows)
     if way == AUGMENTED:
         join_projections(model, model.kernels.lora)
-        for block in model.model["layers"]:
-            block.self_attn.o_proj.take_path("augmented")
-            block.mlp.down_proj.take_path("augmented")
+        for block in model.model.layers:
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                layer = block.get_submodule(name)
+                assert isinstance(layer, LoraLinear)
+                layer.take_path("augmented")
     return prepare_model(model, Ranks(0, 1, device), compile_model=compiled)
 
 
@@ -151,6 +154,7 @@ def peer_model(task: str, config: ModelConfig, way: str, device: torch.device) -
     settings._attn_implementation = "sdpa"
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if task != "pretrain" and device.type == "cuda" else torch.float32)
+    model: Any
     with torch.device(device):
         model = transformers.LlamaForCausalLM(settings)
     torch.set_default_dtype(usual)
@@ -195,7 +199,7 @@ def unsloth_model(task: str, config: ModelConfig, device: torch.device) -> nn.Mo
 class PeerStage:
     """The loss of a transformers model, summed as the loop wants it; the model computes the mean itself."""
 
-    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         # its loss moves the labels by one token
         labels = torch.cat([torch.full_like(batch.targets[:, :1], IGNORE_INDEX), batch.targets[:, :-1]], 1)
         total = model(input_ids=batch.input_ids, labels=labels).loss * batch.weight
@@ -231,15 +235,16 @@ def measure(task: str, size: str, way: str, layers: int | None) -> dict:
         return {"skipped": str(reason)}
     precision = choose_precision("auto", device)
     ranks = Ranks(0, 1, device)
-    stage = PeerStage()
+    stage: Any = PeerStage()
     if own:
-        stage = Pretrain(None, None, None, ranks, precision, shape.rows, shape.rows, 0, z_loss=0.0)
+        no_data: Any = None
+        stage = Pretrain(no_data, no_data, no_data, ranks, precision, shape.rows, shape.rows, 0, z_loss=0.0)
     optimizers = build_optimizers(model, name="adamw", learning_rate=1e-4, weight_decay=0.1)
     store_after_steps(model, optimizers)
     batch = random_batch(shape, 0 if task == "pretrain" else shape.length // 2).to(device)
     options = TrainConfig(batch_size=shape.rows)
     scaler = LossScaler(device, enabled=False)
-    run = Run(options, None, None, ranks, precision, None, stage, model, optimizers, scaler, None)
+    run = bare_run(options, ranks, precision, stage, model, optimizers, scaler)
     row = time_steps(lambda: run.optimizer_step([batch], 1.0, False)[0]["loss"], device)
     row["loss"] /= batch.weight
     row["tokens_s"] = shape.rows * shape.length / row["step_ms"] * 1000
@@ -250,7 +255,16 @@ def measure(task: str, size: str, way: str, layers: int | None) -> dict:
     return row
 
 
-def time_steps(step: Callable[[], tuple[Tensor, float]], device: torch.device) -> dict:
+def bare_run(
+    options: TrainConfig, ranks: Ranks, precision: Precision, stage: Any, model: nn.Module,
+    optimizers: list[torch.optim.Optimizer], scaler: LossScaler,
+) -> Run:  # fmt: skip
+    """A run of train.py for `optimizer_step` alone: without data, plan and log."""
+    nothing: Any = None
+    return Run(options, nothing, None, ranks, precision, nothing, stage, model, optimizers, scaler, nothing)
+
+
+def time_steps(step: Callable[[], tuple[Tensor, Any]], device: torch.device) -> dict:
     """{step_ms, first_step_s, peak_gib, loss}; the last is the sum that `step` returns in the last step of the warm-up."""
     start = time.perf_counter()
     step()

@@ -36,6 +36,12 @@ class Resolved:
     path: Path | None
     skipped: list[tuple[Path, str]]
 
+    @property
+    def folder(self) -> Path:
+        """`path`, for callers that did not ask for "latest": there is one then."""
+        assert self.path is not None
+        return self.path
+
 
 def resolve_checkpoint(which: str | os.PathLike, save_dir: str | os.PathLike) -> Resolved:
     """The checkpoint folder that `which` means, verified to the last byte. Every rank calls it; rank 0 looks.
@@ -77,7 +83,7 @@ def resolve_checkpoint(which: str | os.PathLike, save_dir: str | os.PathLike) ->
 
 
 def _newest_whole(save_dir: Path) -> Resolved:
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for _, path in reversed(list_checkpoints(save_dir)):
         reason = verify_checkpoint(path)
         if reason is None:

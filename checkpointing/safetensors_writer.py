@@ -50,7 +50,7 @@ def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:

@@ -168,7 +168,8 @@ def write_weights(
             shard_bytes = 0
         shards[-1].append(name)
         shard_bytes += size
-    entries, weight_map = {}, {}
+    entries: dict[str, dict] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = build(names)

@@ -183,7 +183,7 @@ def read_pointer(save_dir: Path, name: str) -> Path | None:
 def list_checkpoints(save_dir: str | os.PathLike) -> list[tuple[int, Path]]:
     """(step, folder) of everything in `save_dir` that has a checkpoint's name, whole or not, by step. No folder: []."""
     try:
-        with os.scandir(save_dir) as entries:
+        with os.scandir(os.fspath(save_dir)) as entries:
             folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []

@@ -2,6 +2,7 @@
 
 import base64
 import random
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,8 +52,8 @@ def optimizer_names(optimizers: list[torch.optim.Optimizer]) -> str:
 def rng_state() -> dict[str, object]:
     """This process's random generators (torch CPU, current CUDA device, Python, NumPy) as JSON values, no pickle."""
     version, words, gauss = random.getstate()
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
+    algorithm, keys, position, has_gauss, cached = cast(tuple, np.random.get_state())
+    state: dict[str, object] = {
         "torch": _encode(torch.get_rng_state().numpy()),
         "python": [version, _encode(np.array(words, dtype="<u8")), gauss],
         "numpy": [algorithm, _encode(keys.astype("<u4")), position, has_gauss, cached],

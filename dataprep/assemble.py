@@ -185,10 +185,11 @@ class _Checksummed:
         self.bytes = 0
         self.crc32 = 0
 
-    def write(self, block: bytes) -> None:
+    def write(self, block: bytes) -> int:
         self._file.write(block)
         self.bytes += len(block)
         self.crc32 = zlib.crc32(block, self.crc32)
+        return len(block)
 
 
 def _copy(path: str, start: int, stop: int, target: _Checksummed) -> None:

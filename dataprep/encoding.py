@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -61,6 +62,10 @@ NASTY = (
 )
 
 
+if TYPE_CHECKING:
+    import tiktoken
+
+
 @dataclass(frozen=True)
 class Engine:
     """The chosen encoder. name: "tiktoken" or "tokenizers"; reason: the result of the comparison, one sentence."""
@@ -79,11 +84,11 @@ class Encoder:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self._fast is None:
             return [np.array(ids, dtype=np.uint32) for ids in self._tokenizer.encode_batch(texts)]
-        return [self._encode(text) for text in texts]
+        return [self._encode(text, self._fast) for text in texts]
 
-    def _encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str, fast: "tiktoken.Encoding") -> np.ndarray:
         try:
-            return self._fast.encode_to_numpy(text, disallowed_special=())
+            return fast.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # its regex engine gives up on runs of hundreds of thousands of spaces; the other does not
             return np.array(self._tokenizer.encode(text), dtype=np.uint32)
 
@@ -177,12 +182,12 @@ def split_pattern(definition: dict) -> str | None:
     return None
 
 
-def _tiktoken_encoding(tokenizer: Tokenizer):
+def _tiktoken_encoding(tokenizer: Tokenizer) -> "tiktoken.Encoding":
     import tiktoken  # here: only this engine needs it
 
     return tiktoken.Encoding(
         "groundup",
-        pat_str=split_pattern(tokenizer.definition),
+        pat_str=split_pattern(tokenizer.definition) or "",  # there is one: the engine was chosen by it
         mergeable_ranks=_ranks(tokenizer),
         special_tokens={},
     )

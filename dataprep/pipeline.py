@@ -96,6 +96,12 @@ class Options:
     overwrite: bool = False
     task_bytes: int | None = None
 
+    @property
+    def existing_tokenizer(self) -> Path:
+        """The folder of --tokenizer_type existing; `check_options` asks for it."""
+        assert self.tokenizer_dir is not None
+        return self.tokenizer_dir
+
     def recorded(self) -> dict[str, Any]:
         """The options that the output depends on: no paths and no worker counts."""
         common = ("tokenizer_type", "max_length", "stride", "val_fraction", "text_key", "shard_tokens", "eos_token")
@@ -111,7 +117,7 @@ class Options:
             options["special_tokens"] = None if self.special_tokens is None else list(self.special_tokens)
         options["text_extensions"] = sorted(extension.lower() for extension in self.text_extensions)
         if self.tokenizer_type == "existing":
-            options["tokenizer_sha256"] = tokenizer_sha256(self.tokenizer_dir)
+            options["tokenizer_sha256"] = tokenizer_sha256(self.existing_tokenizer)
         return options
 
 
@@ -363,7 +369,7 @@ def _make_tokenizer(plan: Plan, options: Options, progress: Progress) -> dict[st
             seen += len(text.encode())
             progress.show("tokenizer", seen, total, started)
 
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": options.vocab_size, "eos_token": eos_token, "max_length": max_length, "chosen": options.special_tokens,
         "say": progress.say,
     }  # fmt: skip
@@ -373,7 +379,7 @@ def _make_tokenizer(plan: Plan, options: Options, progress: Progress) -> dict[st
 
 
 def _existing_tokenizer(options: Options) -> dict[str, bytes]:
-    folder = Path(options.tokenizer_dir)
+    folder = options.existing_tokenizer
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     if options.eos_token or "tokenizer_config.json" not in files:
         config = json.loads(files.get("tokenizer_config.json", b"{}"))

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from errors import UserError
 
@@ -115,6 +115,7 @@ class Document:
             return
         first, last = self.characters or (0, sys.maxsize)
         at = 0
+        assert self.file is not None, "a document without its text is one of a file"
         with _open(*self.file) as source:
             for chunk in _decoded(source):
                 wanted = chunk[max(0, first - at) : max(0, last - at)]
@@ -371,7 +372,8 @@ def _values(chunks: Iterator[str]) -> Iterator[object]:
         buffer, at = "".join(parts), 0
 
     while True:
-        at = _SPACE.match(buffer, at).end()
+        space = _SPACE.match(buffer, at)
+        at = space.end() if space else at
         if at == len(buffer):
             if ended:
                 break
@@ -413,7 +415,7 @@ def _open(input_dir: Path, file: SourceFile) -> BinaryIO:
     info = os.stat(path)
     if (info.st_size, info.st_mtime_ns) != (file.size, file.modified):
         raise UserError(f"{path} was changed while it was being read; run the same command again")
-    return gzip.open(path, "rb") if file.compressed else open(path, "rb")
+    return cast(BinaryIO, gzip.open(path, "rb")) if file.compressed else open(path, "rb")
 
 
 def _bom(head: bytes) -> tuple[int, str]:

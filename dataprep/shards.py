@@ -22,7 +22,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -162,8 +162,8 @@ def _parse_split(raw: dict[str, Any]) -> SplitInfo:
         files = set(shard["files"]) - {name + BYTES_EXTENSION}
         if not _SHARD_NAME.fullmatch(name) or files != {name + suffix for suffix in EXTENSIONS}:
             raise ValueError(name)
-        files = {file: FileInfo(**info) for file, info in shard["files"].items()}
-        shards.append(ShardInfo(**{**shard, "files": files}))
+        infos = {file: FileInfo(**info) for file, info in shard["files"].items()}
+        shards.append(ShardInfo(**{**shard, "files": infos}))
     return SplitInfo(**{**raw, "shards": tuple(shards)})
 
 
@@ -240,6 +240,7 @@ class TokenSplit:
         shard, base = self._shards[index], self._token_starts[index]
         local = bisect_right(shard.pointers, (position - base) * shard.tokens.itemsize) - 1
         start = base + int(shard.pointers[local]) // shard.tokens.itemsize
+        assert shard.num_bytes is not None, "of older shards the bytes are not known; the caller looks first"
         return start, start + int(shard.lengths[local]), int(shard.num_bytes[local])
 
     def document(self, number: int) -> DocumentOrigin:
@@ -416,7 +417,13 @@ def _verify_shard(folder: Path, shard: ShardInfo, metadata: Metadata) -> list[st
     return problems
 
 
-def write_index(file: BinaryIO, lengths: Sequence[int] | np.ndarray, dtype: str) -> None:
+class Writable(Protocol):
+    """What bytes can be written to."""
+
+    def write(self, block: bytes, /) -> int: ...
+
+
+def write_index(file: Writable, lengths: Sequence[int] | np.ndarray, dtype: str) -> None:
     """Write the MMIDIDX version 1 index of documents of `lengths` tokens (int32) each, one after another in the .bin.
 
     The format is that of Megatron-LM's `_IndexWriter` (megatron/core/datasets/indexed_dataset.py).

@@ -152,7 +152,9 @@ def convert_tiktoken(encoding_name: str, max_length: int, sample: Iterable[str])
     def spell(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
-    merges = [tuple(map(spell, _halves(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    in_order = sorted(ranks, key=ranks.__getitem__)
+    halves = [_halves(token, ranks) for token in in_order if len(token) > 1]
+    merges = [(spell(left), spell(right)) for left, right in halves]
     specials = encoding._special_tokens
     vocabulary = {spell(token): rank for token, rank in ranks.items()} | specials
     # `ignore_merges` looks a whole piece up before merging, as tiktoken does

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run_tasks(job: Job, plan: Plan, num_workers: int, report: Callable[[int, int
     if num_workers == 1 or len(todo) == 1:
         run = _prepare(job, plan)
         for task in todo:
-            run(task, lambda size, task=task: report(task, size))
+            run(task, partial(report, task))
         return
     context = multiprocessing.get_context("spawn")
     workers: dict[Any, Any] = {}
@@ -59,6 +60,7 @@ def run_tasks(job: Job, plan: Plan, num_workers: int, report: Callable[[int, int
             workers[ours] = process
         queue = list(reversed(todo))
         while workers:
+            connection: Any
             for connection in multiprocessing.connection.wait(list(workers)):
                 try:
                     message, value = connection.recv()

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -156,7 +156,7 @@ def load_chat_template(
         name, source = "chatml", CHATML
     for text in (source, tool_source):
         if text is not None:
-            _within_limits(name, lambda text=text: _compile(text, name))
+            _within_limits(name, partial(_compile, text, name))
     return ChatTemplate(name, source, tool_source, tokens, now)
 
 

@@ -246,9 +246,9 @@ def _lay_out(dialogue: _Dialogue, stop: int, add_generation_prompt: bool) -> _La
     ]
     cuts = {point for point in starts if point is not None}
     cuts |= {answer[1] for answer in answers if answer is not None}
-    marked = None
+    marked: list[tuple[int, int, int | None]] | None = None
     if _MARK.search(template.tool_source if tools and template.tool_source else template.source):
-        marked = []
+        spans: list[tuple[int, int, int | None]] = []
         for start, end in _marked_spans(rendered):
             end = _end_of_answer(encoder, text, start, end)
             ended = any(found.end() == end for found in encoder.pattern.finditer(text, start, end))
@@ -256,8 +256,8 @@ def _lay_out(dialogue: _Dialogue, stop: int, add_generation_prompt: bool) -> _La
                 end = found.end()
             inside = [point for point in starts if point is not None and start < point < end]
             start = max([start, *inside])  # a header that the generation prompt supplies is no target
-            marked.append((start, end, None))
-        marked = _with_owners(marked, starts)
+            spans.append((start, end, None))
+        marked = _with_owners(spans, starts)
         cuts |= {point for start, end, _ in marked for point in (start, end)}
     return _Layout(text, turns, answers, marked, cuts)
 
@@ -425,7 +425,7 @@ class _Encoder:
         """(tokens, learned) of (text, learned) segments, each tokenised on its own."""
         ids: list[int] = []
         learned: list[bool] = []
-        before = ""  # what a text stands behind: "" nothing, a special token, or None for more text
+        before: str | None = ""  # what a text stands behind: "" nothing, a special token, or None for more text
         for text, learn in segments:
             start = len(ids)
             for plain, special in self._pieces(text):

@@ -67,14 +67,14 @@ def encode_example(
                 return Encoded([], f"the prompt fills max_length {max_length}")
             return Encoded([Sequence(tokens, learned)])
         if example.kind == "text":
-            tokens = np.array([*tokenizer.encode(example.text), tokenizer.eos_token_id], dtype=np.int64)
+            tokens = np.array([*tokenizer.encode(example.text or ""), tokenizer.eos_token_id], dtype=np.int64)
             return _cut(tokens, np.ones(len(tokens), dtype=bool), max_length)
         if example.kind == "labelled":
             train_on = "assistant"
         if train_on != "all" and not any(_is_target(message) for message in example.messages):
             return Encoded([], "every assistant's message has weight 0")
         pairs = _encode_dialogue(tokenizer, template, example.messages, example.tools, train_on)
-        columns = {"label": float(example.label)} if example.kind == "labelled" else {}
+        columns = {"label": float(bool(example.label))} if example.kind == "labelled" else {}
         if example.kind == "labelled" and len(pairs) > 1:
             return Encoded([], _ONE_TEXT.format(template.name))
         cut = [_cut(tokens, learned, max_length, columns) for tokens, learned in pairs]
@@ -95,7 +95,8 @@ def show_example(tokenizer: Tokenizer, sequence: Sequence, *, color: bool) -> st
     for ids, run in zip(np.split(sequence.tokens, runs), np.split(learned, runs), strict=True):
         # control characters of the data, such as an escape, must not reach a terminal
         text = "".join(
-            c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in tokenizer.decode(ids, skip_special=False)
+            c if c.isprintable() or c in "\n\t" else repr(c)[1:-1]
+            for c in tokenizer.decode(ids.tolist(), skip_special=False)
         )
         shown.append(before + text + after if run.any() else text)
     return "".join(shown)

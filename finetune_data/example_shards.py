@@ -105,7 +105,7 @@ def prepare_examples(options: ExampleOptions, progress: Progress) -> Metadata:
             f"--input_dir {options.input_dir} holds {examples.kind} examples ({examples.format}), and --format "
             f"{options.format} is for {' or '.join(FORMATS[options.format])} examples; {advice}"
         )
-    recorded = {
+    recorded: dict[str, Any] = {
         "format": options.format, "kind": examples.kind, "train_on": options.train_on,
         "columns": ["label"] if examples.kind == "labelled" else [], "max_length": options.max_length,
         "rename_columns": sorted(options.rename_columns), "shard_tokens": options.shard_tokens,
@@ -210,7 +210,9 @@ def _encode(
     options: ExampleOptions, examples: ExampleSet, tokenizer: Tokenizer, template: ChatTemplate, progress: Progress
 ) -> tuple[list[_Encoded], Counter[str], int]:
     """The examples that can be learned from, in order; how many others there are for each reason; how many by answer."""
-    encoded, dropped, truncated, by_answer = [], Counter(), 0, 0
+    encoded: list[_Encoded] = []
+    dropped: Counter[str] = Counter()
+    truncated = by_answer = 0
     for example in examples.examples:
         one = encode_example(
             tokenizer, template, example, max_length=options.max_length, train_on=options.train_on
@@ -250,7 +252,8 @@ def _write_shards(
     folder.mkdir(parents=True)
     dtype, byte_lengths = token_dtype(tokenizer.vocab_size), tokenizer.token_byte_lengths()
     file_numbers = {path: number for number, path in enumerate(paths)}
-    shards, further = [], {}
+    shards: list[ShardInfo] = []
+    further: dict[str, FileInfo] = {}
     for number, part in enumerate(_parts(encoded, shard_tokens)):
         name = f"train_{number:05d}"
         sequences = [sequence for one in part for sequence in one.sequences]
@@ -301,7 +304,7 @@ def _write_dataset(stem: Path, values: np.ndarray, lengths: list[int], dtype: st
 
 def _write(path: Path, content: bytes) -> dict[str, FileInfo]:
     entry = write_file(path, [content])
-    return {path.name: FileInfo(entry["bytes"], int(entry["crc32"], 16))}
+    return {path.name: FileInfo(int(entry["bytes"]), int(str(entry["crc32"]), 16))}
 
 
 def _metadata(

@@ -239,7 +239,7 @@ def _detect(path: Path, rows: Iterable[dict[str, Any]]) -> _Format:
 
 def _words(what: str, used: Iterable[str | None], columns: Iterable[str]) -> str:
     """Such as "alpaca (instruction, output)"."""
-    named = [column for column in dict.fromkeys(used) if column in columns]
+    named = [column for column in dict.fromkeys(used) if column is not None and column in columns]
     return f"{what} ({', '.join(named)})" if named else what + " (none)"
 
 

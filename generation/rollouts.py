@@ -216,8 +216,9 @@ def figures_of(
     results: list[dict[str, np.ndarray]] = []
     for batch in pack([[s] for s in sequences], max_length=max_length, micro_batch_size=micro_batch_size):
         figures = {name: value.float().cpu().numpy() for name, value in function(batch.to(device)).items()}
+        assert batch.sequence_ids is not None
         sequence_ids = batch.sequence_ids.numpy()
-        for number in range(len(batch.last_tokens)):
+        for number in range(batch.num_sequences):
             at = sequence_ids == number
             # the figure beside a token is that of the next one; the first token has none
             results.append(

@@ -19,7 +19,7 @@ import functools
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ HALF = (torch.float16, torch.bfloat16)
 # 0.98 to 8 with bf16; fp16 gains more
 LOOP_FROM, LOOP_FROM_BF16 = 256, 512
 
-_TORCH_2_12 = torch.__version__ >= (2, 12)  # varlen_attn learned enable_gqa and num_splits, and FA4 learned windows
+_TORCH_2_12 = torch.__version__ >= "2.12"  # varlen_attn learned enable_gqa and num_splits, and FA4 learned windows
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,13 @@ def causal_mask(
     window, dtype and backend as in `document_mask`; queries after a cache run on SDPA whatever the back end.
     """
     _check_window(window)
-    plain = window is None or window >= key_length
+    reach = key_length if window is None else window
+    plain = reach >= key_length
     if query_length != key_length:
         if query_length == 1:  # sees every key of its window
             return AttentionMask(window=window)
-        reach = key_length if plain else min(key_length, window + query_length - 1)
-        return AttentionMask(visible=_band(query_length, reach, window, device), window=window)
+        keys = min(key_length, reach + query_length - 1)
+        return AttentionMask(visible=_band(query_length, keys, window, device), window=window)
     kernel = _backend_that_runs(backend, device, dtype)
     if kernel == "flex":
         return AttentionMask("flex", window=window, blocks=_block_mask(None, key_length, window, device))
@@ -167,7 +168,7 @@ def attention(
         return _attention_by_document(q, k, v, mask.cu_seqlens, mask.window)[0]
     if mask.kernel in ("varlen", "flash-attn"):
         return _varlen(q, k, v, mask)
-    if mask.kernel == "flex":
+    if mask.blocks is not None:
         return _flex(q, k, v, mask.blocks)
     if mask.window is not None and q.shape[1] != k.shape[1]:  # keys before every query's window
         reach = mask.window + q.shape[1] - 1
@@ -272,10 +273,11 @@ def _attention_by_document_backward(
             )
         )
     wide = (torch.cat([x[0].transpose(0, 1) for x in each]) for each in zip(*gradients, strict=True))  # (B*T, H, D)
-    return tuple(
+    dq, dk, dv = (
         grad.view(len(grad), x.shape[2], -1, x.shape[3]).sum(2).view(x.shape)
         for grad, x in zip(wide, (q, k, v), strict=True)
     )
+    return dq, dk, dv
 
 
 def _lengths(cu_seqlens: Tensor) -> list[int]:
@@ -328,10 +330,9 @@ _attention_by_document.register_autograd(_backward, setup_context=_save_for_back
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Documents through a varlen kernel: the batch as one long row, each document attended to on its own."""
     batch, length, heads, head_dim = q.shape
-    starts, longest = mask.cu_seqlens, mask.max_seqlen
+    starts, longest = mask.cu_seqlens, mask.max_seqlen or length
     if starts is None:
         starts = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
-        longest = length
     q, k, v = (x.reshape(batch * length, -1, head_dim) for x in (q, k, v))
     reach = (-1 if mask.window is None else mask.window - 1, 0)  # keys before the query, keys after it
     if mask.kernel == "flash-attn":
@@ -345,7 +346,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         # one split: a document's bits then do not depend on what else is in the batch
-        extra = {"enable_gqa": k.shape[1] != heads, "num_splits": 1} if _TORCH_2_12 else {}
+        extra: dict[str, Any] = {"enable_gqa": k.shape[1] != heads, "num_splits": 1} if _TORCH_2_12 else {}
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # torches that let varlen choose prefer cuDNN, slower on a GH200
             out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=reach, **extra)
     return out.view(batch, length, heads, head_dim)
@@ -398,7 +399,7 @@ def why_not(
         if capability[0] != 9:
             return f"FlashAttention-3 needs compute capability 9.0, not {capability[0]}.{capability[1]}"
         if importlib.util.find_spec("flash_attn_interface") is None:  # the module that torch looks for
-            index = f"https://download.pytorch.org/whl/cu{torch.version.cuda.replace('.', '')}"
+            index = f"https://download.pytorch.org/whl/cu{(torch.version.cuda or '').replace('.', '')}"
             return f"flash-attn-3 is not installed (pip install flash-attn-3 --index-url {index})"
     if backend == "fa4":
         if capability[0] not in (9, 10):
@@ -481,7 +482,7 @@ def _backend_that_runs(backend: str, device: torch.device, dtype: torch.dtype) -
 
 
 # what torch.compiler.assume_constant_result sets; calling it would import the compiler, a second at every start
-_backend_that_runs._dynamo_marked_constant = True
+_backend_that_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------------------- in words

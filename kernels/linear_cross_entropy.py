@@ -10,6 +10,7 @@ them PyTorch passes over a chunk's logits about ten times in fp32, the kernels r
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -505,8 +506,8 @@ _linear_cross_entropy.register_autograd(_differentiate_loss, setup_context=_save
 
 def _new_statistics(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = torch.promote_types(dtype, torch.float32)
-    dtypes = (stats, stats, torch.int64, stats)
-    return tuple(torch.empty(hidden.shape[0], device=hidden.device, dtype=dtype) for dtype in dtypes)
+    new = partial(torch.empty, hidden.shape[0], device=hidden.device)
+    return new(dtype=stats), new(dtype=stats), new(dtype=torch.int64), new(dtype=stats)
 
 
 @torch.library.custom_op("groundup::token_statistics", mutates_args=())
@@ -518,10 +519,11 @@ def _token_statistics(
     _check_targets(targets, len(weight), ignore_index)
     chunk = launch_statistics if implementation == "triton" else _statistics_chunk
     with torch.autocast(hidden.device.type, enabled=False):
-        outputs = _new_statistics(hidden, dtype)
+        outputs = logprobs, entropies, best, lse = _new_statistics(hidden, dtype)
         targets = targets.contiguous()
         for part, _, logits in _chunks(hidden, weight.to(dtype), rows):
-            chunk(logits, targets[part], *(output[part] for output in outputs), temperature, softcap, ignore_index)
+            into = logprobs[part], entropies[part], best[part], lse[part]
+            chunk(logits, targets[part], *into, temperature, softcap, ignore_index)
     return outputs
 
 

@@ -386,7 +386,7 @@ def launch_one_pass(
     tiles = TILES["descriptors" if descriptors else "pointers", x.element_size()]
     block_m, block_n, block_k, warps, stages = next(tile[1:] for tile in tiles if rank <= tile[0])
     y, given = x.new_empty(rows, columns), low is not None
-    low = low if given else x.new_empty(rows, rank)
+    low = x.new_empty(rows, rank) if low is None else low
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
     programs = -(-rows // block_m) * -(-columns // block_n)
     if not programs:
@@ -510,7 +510,7 @@ def choose_path(device_name: str, dtype: torch.dtype, rows: int, n: int, k: int,
         distance = sum(logarithm**2 for logarithm in logarithms)
         if max(map(abs, logarithms)) <= math.log(NEAR) and distance < nearest:
             times = {path: entry["microseconds"][path] for path in PATHS if path in entry["microseconds"]}
-            nearest, fastest = distance, min(times, key=times.get)
+            nearest, fastest = distance, min(times, key=times.__getitem__)
     return fastest
 
 

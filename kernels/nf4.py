@@ -10,7 +10,7 @@ shuffle between the threads of a warp, and the result may go straight into a par
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -48,9 +48,18 @@ class NF4Weight:
     code: Tensor | None
     absmax2: Tensor | None
     offset: Tensor | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # (N, K)
     block: int = BLOCK
     absmax_block: int = ABSMAX_BLOCK
+
+    @classmethod
+    def of(
+        cls, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+        sizes: Sequence[int],
+    ) -> "NF4Weight":  # fmt: skip
+        """From `tensors` and `sizes`, which are what operators pass on."""
+        rows, width, block, absmax_block = sizes
+        return cls(packed, absmax, code, absmax2, offset, (rows, width), block, absmax_block)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -158,7 +167,7 @@ def _dequantise_into(weight: NF4Weight, out: Tensor) -> None:
 
 def _decoded_absmax(weight: NF4Weight) -> Tensor:
     """The fp32 absmax of each block: the product rounded, then the sum."""
-    if weight.code is None:
+    if weight.code is None or weight.absmax2 is None or weight.offset is None:
         return weight.absmax
     scales = weight.absmax2[:, None].expand(-1, weight.absmax_block).reshape(-1)[: len(weight.absmax)]
     return weight.code.index_select(0, weight.absmax.int()) * scales + weight.offset
@@ -192,9 +201,10 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str) -> NF4Weight:
         raise UserError(f"{name} is not in bitsandbytes' NF4 format; quantise the original weights instead")
     if not nested:
         return NF4Weight(packed, absmax, None, None, None, (rows, width), state["blocksize"])
+    code, absmax2 = nested
     offset = torch.tensor(state["nested_offset"], device=packed.device)
     sizes = state["blocksize"], state["nested_blocksize"]
-    return NF4Weight(packed, absmax, *nested, offset, (rows, width), *sizes)
+    return NF4Weight(packed, absmax, code, absmax2, offset, (rows, width), *sizes)
 
 
 def to_bitsandbytes(weight: NF4Weight, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -206,7 +216,7 @@ def to_bitsandbytes(weight: NF4Weight, name: str, dtype: torch.dtype) -> dict[st
         f"{name}.absmax": weight.absmax,
         f"{name}.quant_map": torch.tensor(QUANTILES, device=weight.packed.device),
     }
-    if weight.code is not None:
+    if weight.code is not None and weight.absmax2 is not None and weight.offset is not None:
         state |= {"nested_blocksize": weight.absmax_block, "nested_dtype": "float32"}
         state["nested_offset"] = weight.offset.item()
         tensors |= {f"{name}.nested_absmax": weight.absmax2, f"{name}.nested_quant_map": weight.code}
@@ -316,7 +326,7 @@ def _dequantise(
     dtype: torch.dtype,
     implementation: str,
 ) -> Tensor:
-    weight = NF4Weight(packed, absmax, code, absmax2, offset, tuple(sizes[:2]), *sizes[2:])
+    weight = NF4Weight.of(packed, absmax, code, absmax2, offset, sizes)
     out = torch.empty(weight.shape, dtype=dtype, device=packed.device)
     return dequantise_nf4(weight, dtype, out=out, implementation=implementation)
 

@@ -123,7 +123,7 @@ def _nf4_linear(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """(y, x Aᵀ of all adapters)."""
-    weight = NF4Weight(packed, absmax, code, absmax2, offset, tuple(sizes[:2]), *sizes[2:])
+    weight = NF4Weight.of(packed, absmax, code, absmax2, offset, sizes)
     rows, width = weight.shape
     flat = x.reshape(-1, width)
     buffer = x.new_empty(rows, width + _rank(b))
@@ -155,7 +155,7 @@ def _nf4_linear_backward(
     x_learns: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(dx, each da, each db); dx is empty where x wants none."""
-    weight = NF4Weight(packed, absmax, code, absmax2, offset, tuple(sizes[:2]), *sizes[2:])
+    weight = NF4Weight.of(packed, absmax, code, absmax2, offset, sizes)
     rows, width = weight.shape
     flat, dy = x.reshape(-1, width), dy.reshape(-1, rows).contiguous()
     dx, da, db = x.new_empty(0), [], []
@@ -202,7 +202,9 @@ def _differentiate(ctx, dy, _):
         dy, x, low, packed, absmax, code, absmax2, offset, ctx.sizes, a, b, ctx.scales, ctx.first_rows,
         ctx.implementation, ctx.needs_input_grad[0],
     )  # fmt: skip
-    no_list = None if a else []  # torch takes an empty list of numbers for one of tensors, and wants one back
+    no_list: list | None = (
+        None if a else []
+    )  # torch takes an empty list of numbers for one of tensors, and wants one back
     return dx if ctx.needs_input_grad[0] else None, *[None] * 6, da, db, no_list, no_list, None
 
 
@@ -295,7 +297,7 @@ def _nf4_linear_few_rows(
     scales: list[float],
     first_rows: list[int],
 ) -> Tensor:
-    weight = NF4Weight(packed, absmax, code, absmax2, offset, tuple(sizes[:2]), *sizes[2:])
+    weight = NF4Weight.of(packed, absmax, code, absmax2, offset, sizes)
     flat, low, up = x.reshape(-1, weight.shape[1]).contiguous(), None, None
     if b:
         low = flat @ _down(a, flat).t()

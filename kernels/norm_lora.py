@@ -12,6 +12,8 @@ When Triton is chosen: on a GPU where bench/lora_paths.py measured "augmented" a
 or without: the compiler cannot put a product into a norm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def norm_lora_linear(
     check_adapters(weight, adapters)
     rank = padded_rank(x.shape[-1], adapters, augmented.element_size())
     if implementation == "torch" or rank > MAX_RANK.get(augmented.element_size(), 0):
-        settings = {"gemma": gemma, "out_dtype": augmented.dtype, "implementation": implementation}
+        settings: dict[str, Any] = {"gemma": gemma, "out_dtype": augmented.dtype, "implementation": implementation}
         if update is None:
             normed, s = rms_norm(x, norm_weight, eps, **settings), x
         else:

@@ -39,7 +39,9 @@ def rotary_frequencies(
     In transformers' order of operations, so that both agree to the last bits. `scaling` is one `checked_scaling` gave.
     """
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    match scaling and scaling["rope_type"]:
+    if scaling is None:
+        return inv_freq, 1.0
+    match scaling["rope_type"]:
         case "linear":
             return inv_freq / scaling["factor"], 1.0
         case "llama3":

@@ -92,7 +92,8 @@ def _rows(x: Tensor) -> Tensor:
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """(gate, up) as rows; of a packed tensor, as views of it."""
     if up is None:
-        return _rows(gate).chunk(2, dim=1)
+        gate, up = _rows(gate).chunk(2, dim=1)
+        return gate, up
     return _rows(gate), _rows(up)
 
 

@@ -97,10 +97,10 @@ def _value(number: str) -> Fraction | None:
     number = number.lstrip("-+").strip()
     whole, _, part = number.rpartition(" ")
     numerator, _, denominator = part.partition("/")
-    values = [_decimal(one) for one in (whole or "0", numerator, denominator or "1")]
-    if None in values or values[2] == 0:
+    whole_part, top, bottom = (_decimal(one) for one in (whole or "0", numerator, denominator or "1"))
+    if whole_part is None or top is None or not bottom:
         return None
-    return sign * (values[0] + values[1] / values[2])
+    return sign * (whole_part + top / bottom)
 
 
 def _decimal(text: str) -> Fraction | None:

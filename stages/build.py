@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +56,7 @@ from training.loading import find_base
 from training.precision import Precision
 from training.standing import Pins
 
+Groups = list | ExampleShards  # of examples, or of prompts
 Stage = Pretrain | SFT | RewardStage | DPO | KTO | GRPO | PPO
 
 DEFAULT_LENGTH = 2048  # of fine-tuning's rows, where the model allows more
@@ -100,6 +103,7 @@ def open_stage_data(
     sampler = SAMPLER_VERSION if saved_order is None else saved_order.get("sampler", 1)
     if config.stage == "pretrain":
         return _open_shards(config, base, context, sampler)
+    assert base is not None and context is not None, "fine-tuning starts from a model"
     return _open_examples(config, base, context, saved_order or {}, checkpoint, sampler)
 
 
@@ -111,7 +115,7 @@ def build_stage(
 
     pins: the digests of the folders that the run stands on.
     """
-    if config.stage == "pretrain":
+    if isinstance(data.train, TrainingData) and isinstance(data.held_out, Windows):
         return Pretrain(
             data=data.train, validation=data.held_out, token_bytes=TokenBytes(data.held_out.split, data.tokenizer), ranks=ranks,
             precision=precision, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
@@ -119,6 +123,7 @@ def build_stage(
         )  # fmt: skip
     if config.stage in ("grpo", "ppo"):
         return _reinforcement_stage(config, data, model, ranks, precision, micro_batch_size)
+    assert isinstance(data.train, ExampleData) and isinstance(data.held_out, ExampleData | None)
     feed = ExampleFeed(
         data=data.train, validation=data.held_out, ranks=ranks, precision=precision, batch_size=config.batch_size,
         micro_batch_size=micro_batch_size, max_length=data.max_length, eval_tokens=config.eval_tokens,
@@ -210,37 +215,23 @@ def _check_vocabulary(config: TrainConfig, metadata: list[Metadata], tokenizer: 
 def _open_examples(
     config: TrainConfig, base: Path, context: int, saved_order: dict, checkpoint: Path | None, sampler: int
 ) -> StageData:  # fmt: skip
-    tokenizer = load_tokenizer(base)
     # a template that writes the date goes on writing that of the run's first day
     today = saved_order.get("template_date") or from_rank_0(lambda: datetime.now().isoformat())
-    template = load_chat_template(base, override=config.chat_template, now=datetime.fromisoformat(today))
-    shipped = config.chat_template is None and template.name in SHIPPED
-    if shipped and checkpoint and template_digest(template) != saved_order.get("template"):
-        kept = load_chat_template(checkpoint, now=template.now)  # another version's, with which the run goes on
-        template = kept if template_digest(kept) == saved_order.get("template") else template
-    tokenizer, tokenizer_files, added = _with_chat_tokens(config, base, tokenizer, template)
+    template = _template(config, base, datetime.fromisoformat(today), saved_order.get("template"), checkpoint)
+    tokenizer, tokenizer_files, added = _with_chat_tokens(config, base, load_tokenizer(base), template)
     report = [*added, *describe_template(tokenizer, template)]
     shards = _open_example_shards(config, base, tokenizer, template) if config.data_dir else None
     max_length = config.max_length or (min(context, DEFAULT_LENGTH) if shards is None else shards.metadata.max_length)
     if max_length > context:
         raise UserError(f"--max_length {max_length} is more than the model in {base} takes, {context} tokens")
 
-    def read(paths: list[str]) -> list:
-        rename = dict(pair.split("=", 1) for pair in config.rename_columns)
-        examples = read_examples(paths, rename=rename)
-        report.extend([f"examples: {examples.format}", *examples.report])
-        groups, kept = _encode(config, examples, tokenizer, template, max_length, report)
-        if _is_kto(config):
-            return with_mismatches(groups, max_length)
-        if config.stage not in ("grpo", "ppo"):
-            return groups
-        pairs = zip(groups, kept, strict=True)
-        return [Prompt(group[0].tokens, example.prompt[-1].content, example.columns) for group, example in pairs]
-
+    read = partial(_read, config, tokenizer, template, max_length, report)
+    train: Groups
+    held_out: Groups = []
     if shards is None:
-        train, held_out = read(config.train_data), []
+        train = read(config.train_data)
     else:
-        train, held_out = with_mismatches(shards, max_length) if _is_kto(config) else shards, []
+        train = with_mismatches(shards, max_length) if _is_kto(config) else shards
     if config.eval_data:
         held_out = read(config.eval_data)
     else:
@@ -249,7 +240,7 @@ def _open_examples(
         f"{len(train):,} examples to learn from, {len(held_out):,} held out; the first, what is learned marked:"
     )
     if config.stage == "sft":
-        train, held_out = map(_one_by_one, (train, held_out))
+        train, held_out = _one_by_one(train), _one_by_one(held_out)
     first = train[0] if isinstance(train[0], Prompt) else train[0][0]
     shown = Sequence(first.tokens, np.zeros(len(first.tokens), bool)) if isinstance(first, Prompt) else first
     report.append(show_example(tokenizer, shown, color=sys.stdout.isatty()))
@@ -268,6 +259,7 @@ def _open_examples(
     if config.stage == "reward":
         files |= padding_files(base)
     if config.stage in ("grpo", "ppo"):
+        assert isinstance(train, list) and isinstance(held_out, list), "prompts come of files alone"
         return StageData(base, tokenizer, max_length, order, len(train), train, held_out, report, stops, files)
     return StageData(
         base, tokenizer, max_length, order, len(train), ExampleData(train, config.seed, sampler),
@@ -327,6 +319,34 @@ def _open_example_shards(
     return shards
 
 
+def _template(
+    config: TrainConfig, base: Path, today: datetime, saved_digest: str | None, checkpoint: Path | None
+) -> ChatTemplate:
+    """--chat_template or the model's own; of a run that goes on with another version's shipped one, that in `checkpoint`."""
+    template = load_chat_template(base, override=config.chat_template, now=today)
+    shipped = config.chat_template is None and template.name in SHIPPED
+    if shipped and checkpoint and template_digest(template) != saved_digest:
+        kept = load_chat_template(checkpoint, now=template.now)
+        return kept if template_digest(kept) == saved_digest else template
+    return template
+
+
+def _read(
+    config: TrainConfig, tokenizer: Tokenizer, template: ChatTemplate, max_length: int, report: list[str], paths: list[str]
+) -> list:  # fmt: skip
+    """The examples of these files as the stage takes them: groups of sequences, or prompts."""
+    rename = dict(pair.split("=", 1) for pair in config.rename_columns)
+    examples = read_examples(paths, rename=rename)
+    report.extend([f"examples: {examples.format}", *examples.report])
+    groups, kept = _encode(config, examples, tokenizer, template, max_length, report)
+    if _is_kto(config):
+        return with_mismatches(groups, max_length)
+    if config.stage not in ("grpo", "ppo"):
+        return groups
+    pairs = zip(groups, kept, strict=True)
+    return [Prompt(group[0].tokens, example.prompt[-1].content, example.columns) for group, example in pairs]
+
+
 def _encode(
     config: TrainConfig, examples: ExampleSet, tokenizer: Tokenizer, template: ChatTemplate, max_length: int,
     report: list[str],
@@ -337,7 +357,10 @@ def _encode(
             f"--train_data holds {examples.kind} examples ({examples.format}), and {_named(config)} learns from "
             f"{' or '.join(kinds)} examples; --rename_columns can say what the columns mean"
         )
-    groups, kept, dropped, truncated, by_answer = [], [], Counter(), 0, 0
+    groups: list[list[Sequence]] = []
+    kept: list[Example] = []
+    dropped: Counter[str] = Counter()
+    truncated = by_answer = 0
     # a prompt of reinforcement learning leaves room for its answer
     room = max_length - config.max_new_tokens + 1 if config.stage in ("grpo", "ppo") else max_length
     for example in examples.examples:
@@ -367,19 +390,19 @@ def _is_kto(config: TrainConfig) -> bool:
     return config.stage == "dpo" and config.dpo_loss == "kto"
 
 
-def _split(groups: list | ExampleShards, fraction: float) -> tuple[list | ExampleShards, list | ExampleShards]:
+def _split(groups: Groups, fraction: float) -> tuple[Groups, Groups]:
     """(to learn from, held out), both in the order of the files; the same ones each time. A dialogue is in one of them whole."""
     dialogues = groups.dialogues() if isinstance(groups, ExampleShards) else [[number] for number in range(len(groups))]
     count = math.ceil(len(dialogues) * fraction) if len(dialogues) > 1 else 0
     chosen = set(np.random.default_rng(0).permutation(len(dialogues))[:count].tolist())
     parts = [number for number in range(len(dialogues)) if number not in chosen], sorted(chosen)
-    places = [[place for number in part for place in dialogues[number]] for part in parts]
+    learned, held_out = ([place for number in part for place in dialogues[number]] for part in parts)
     if isinstance(groups, ExampleShards):
-        return tuple(map(groups.select, places))
-    return tuple([groups[place] for place in part] for part in places)
+        return groups.select(learned), groups.select(held_out)
+    return [groups[place] for place in learned], [groups[place] for place in held_out]
 
 
-def _one_by_one(groups: list | ExampleShards) -> list | ExampleShards:
+def _one_by_one(groups: Groups) -> Groups:
     """Each sequence of a dialogue as a sample of its own, which those of shards are."""
     return [[sequence] for group in groups for sequence in group] if isinstance(groups, list) else groups
 
@@ -391,7 +414,7 @@ def _reinforcement_stage(
     reference = None  # with adapters it is the model without them
     if not config.lora and (config.stage == "ppo" or kl):
         reference = load_base(data.tokenizer_folder, dtype=precision.dtype, device=device).eval()
-    shared = {
+    shared: dict[str, Any] = {
         "model": unwrap(model), "prompts": data.train, "eval_prompts": data.held_out,
         "rewards": _rewards(config, data, unwrap(model), device, precision, micro_batch_size),
         "decode": data.tokenizer.decode,
@@ -418,7 +441,7 @@ def _reinforcement_stage(
 
 
 def _rewards(
-    config: TrainConfig, data: StageData, model: nn.Module, device: torch.device, precision: Precision,
+    config: TrainConfig, data: StageData, model: Any, device: torch.device, precision: Precision,
     micro_batch_size: int,
 ) -> list[Reward]:  # fmt: skip
     """The judges of --reward_function and --reward_model, with their weights."""
@@ -430,20 +453,19 @@ def _rewards(
     ]
     if config.reward_model:
         scores = model_reward(
-            _judge(config, data, getattr(model, "policy", model), device, precision), device=device, precision=precision,
+            _judge(config.reward_model, data, getattr(model, "policy", model), device, precision),
+            device=device, precision=precision,
             max_length=data.max_length, micro_batch_size=micro_batch_size,
         )  # fmt: skip
         rewards.append(Reward("reward_model", scores, weights[len(functions)], on_tokens=True))
     return rewards
 
 
-def _judge(
-    config: TrainConfig, data: StageData, policy: Transformer, device: torch.device, precision: Precision
-) -> Callable:
+def _judge(where: str, data: StageData, policy: Transformer, device: torch.device, precision: Precision) -> Callable:
     """What scores prefixes: the adapter "reward" of the policy's own model, or a model beside it."""
     if REWARD_ADAPTER in adapter_settings(policy):
         return scores_of(policy, REWARD_ADAPTER, getattr(policy, REWARD_HEAD))
-    folder = find_base(config.reward_model, "--reward_model")
+    folder = find_base(where, "--reward_model")
     if load_tokenizer(folder).sha256 != data.tokenizer.sha256:
         raise UserError(f"--reward_model {folder} has another tokenizer than the model that is trained")
     return scores_of(RewardModel.from_pretrained(folder, seed=0, device=device, dtype=precision.dtype).eval())

@@ -25,6 +25,7 @@ from ranks import Ranks, unwrap
 from stages import preference_losses
 from stages.preference_losses import PAIR_LOSSES, WITHOUT_REFERENCE, Pairs
 from training.examples_data import ExampleData, ExampleFeed, Group, Metrics, pack_examples, without_dropout
+from training.metrics import Figures
 from training.precision import Precision
 
 REFERENCE = "reference_logprob"  # the column of a sequence: log π_ref of its targets
@@ -151,7 +152,7 @@ class DPO:
             name: (torch.where(real, value, 0.0).sum().detach(), batch.weight) for name, value in figures.items()
         }
 
-    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """val_loss a pair, and val_accuracy: how often the chosen answer has the higher reward."""
         names = {"loss": "val_loss", "rewards/accuracies": "val_accuracy"}
         return self.feed.evaluate(model, self._micro_batches, self.loss, names, everything)
@@ -226,14 +227,14 @@ class KTO:
             logprobs, reference, desirable, kl,
             beta=self.beta, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight,
         )  # fmt: skip
-        metrics = {"loss": (losses.sum().detach(), batch.weight), "kl": ((real * kl).sum(), batch.weight)}
+        metrics: Metrics = {"loss": (losses.sum().detach(), batch.weight), "kl": ((real * kl).sum(), batch.weight)}
         for kind, mask in (("chosen", real * desirable), ("rejected", real * (1 - desirable))):
             rewards = self.beta * (logprobs - reference).detach()
             metrics[f"rewards/{kind}"] = ((mask * rewards).sum(), mask.sum())
             metrics[f"logps/{kind}"] = ((mask * logprobs.detach()).sum(), mask.sum())
         return losses.sum(), metrics
 
-    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """val_loss an example, with the KL of the held-out examples, which is val_kl."""
         return self.feed.evaluate(
             model, self._micro_batches, self.loss, {"loss": "val_loss", "kl": "val_kl"}, everything
@@ -246,7 +247,7 @@ class KTO:
             replace(
                 batch,
                 weight=_real_groups(batch, 1),
-                columns={**batch.columns, "kl": torch.full(batch.last_tokens.shape, kl)},
+                columns={**batch.columns, "kl": torch.full((batch.num_sequences,), kl)},
             )
             for batch in batches
         ]

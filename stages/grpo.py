@@ -16,6 +16,7 @@ token (see stages/advantages.py).
 """
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -53,6 +54,7 @@ from stages.rewards import (
     phase_metrics,
     some_and_all,
 )
+from training.metrics import Figures, Metrics
 from training.precision import Precision
 
 # how far r may go below and above 1: each paper's; cispo's upper one is TRL's advice, from ScaleRL
@@ -199,7 +201,7 @@ class GRPO:
         )
         if self.loss_type in _PER_TOKEN:
             return batches
-        return [replace(batch, weight=len(batch.last_tokens) if batch.weight else 0) for batch in batches]
+        return [replace(batch, weight=batch.num_sequences if batch.weight else 0) for batch in batches]
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
@@ -211,7 +213,7 @@ class GRPO:
             temperature=self.sampling.temperature, vocab_size=self.sampling.vocab_size,
         )[:2]  # fmt: skip
 
-    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight.
 
         loss, entropy, clip_fraction (of the tokens, those whose ratio decides nothing) and kl (k3) are averaged as the loss
@@ -239,7 +241,7 @@ class GRPO:
         total = (per_token * share).sum()
         outside = self._clipped(ratio.detach(), advantages)
         weight = float(batch.weight)
-        metrics = {
+        metrics: Metrics = {
             "loss": (total.detach(), weight),
             "entropy": ((entropy.detach() * mean_share).sum(), weight),
             "clip_fraction": ((outside * mean_share).sum(), weight),
@@ -249,27 +251,36 @@ class GRPO:
         reported = {name: column for name, column in batch.columns.items() if name not in _LOSS_COLUMNS}
         return total, metrics | phase_metrics(reported)
 
+    @property
+    def _lowest(self) -> float:
+        """The ratio below which a token with a negative advantage counts no further."""
+        return 1 - (self.clip_low or 0.0)
+
+    @property
+    def _highest(self) -> float:
+        return 1 + (self.clip_high or 0.0)
+
     def _surrogate(self, ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
         if self.loss_type == "cispo":
-            return -ratio.detach().clamp(max=1 + self.clip_high) * advantages * logprobs
+            return -ratio.detach().clamp(max=self._highest) * advantages * logprobs
         capped = ratio if self.ratio_cap is None else ratio.clamp(max=self.ratio_cap)
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        clipped = ratio.clamp(self._lowest, self._highest)
         return -torch.minimum(capped * advantages, clipped * advantages)
 
     def _clipped(self, ratio: Tensor, advantages: Tensor) -> Tensor:
-        above = (ratio > 1 + self.clip_high) & (advantages > 0)
+        above = (ratio > self._highest) & (advantages > 0)
         if self.loss_type == "cispo":
             return above
-        return above | (ratio < 1 - self.clip_low) & (advantages < 0)
+        return above | (ratio < self._lowest) & (advantages < 0)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """The rewards of one answer to each held-out prompt, of `eval_samples` or of all, as `some_and_all` says."""
         return some_and_all(self._evaluate, self.eval_prompts, self.eval_samples, everything)
 
-    def _evaluate(self, prompts: list[Prompt]) -> dict[str, float]:
+    def _evaluate(self, prompts: SequenceOf[Prompt]) -> Figures:
         with self.precision.autocast(self.ranks.device):
             return evaluate_rewards(
                 self.model, prompts, self.rewards, self.decode, self.sampling, self.ranks,

@@ -14,6 +14,7 @@ RLHF with PPO"). A phase, in the order in which it happens:
 """
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +52,7 @@ from stages.rewards import (
     phase_metrics,
     some_and_all,
 )
+from training.metrics import Figures, Metrics
 from training.precision import Precision
 
 
@@ -113,7 +115,7 @@ class PPO:
 
     def load_state(self, state: dict[str, float]) -> None:
         self.kl_coefficient, self._next_kl_coefficient = state["kl_coefficient"], state["next_kl_coefficient"]
-        self.unscored.in_a_row = state.get("unscored_phases", 0)
+        self.unscored.in_a_row = int(state.get("unscored_phases", 0))
 
     # -------------------------------------------------------------------------------------------------------- batches
 
@@ -214,10 +216,11 @@ class PPO:
         return *self._statistics(hidden, unwrap(model).policy, batch), values
 
     def _statistics(self, hidden: Tensor, policy: Transformer, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        settings = {"temperature": self.sampling.temperature, "vocab_size": self.sampling.vocab_size}
-        return response_statistics(hidden, policy, batch.targets, **settings)[:2]
+        temperature, vocab_size = self.sampling.temperature, self.sampling.vocab_size
+        found = response_statistics(hidden, policy, batch.targets, temperature=temperature, vocab_size=vocab_size)
+        return found[:2]
 
-    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight, the tokens.
 
         Means over tokens: loss and its two parts, entropy, ratio, approx_kl (k3 of the policy that drew against this one),
@@ -248,17 +251,17 @@ class PPO:
             "clip_fraction": ((clipped > plain) * learned).sum(),
             "value_clip_fraction": ((value_clipped > value_plain) * learned).sum(),
         }
-        metrics = {name: (value.detach(), weight) for name, value in sums.items()}
+        metrics: Metrics = {name: (value.detach(), weight) for name, value in sums.items()}
         return total, metrics | phase_metrics(batch.columns)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """The rewards of one answer to each held-out prompt, of `eval_samples` or of all, as `some_and_all` says."""
         return some_and_all(self._evaluate, self.eval_prompts, self.eval_samples, everything)
 
-    def _evaluate(self, prompts: list[Prompt]) -> dict[str, float]:
+    def _evaluate(self, prompts: SequenceOf[Prompt]) -> Figures:
         with self.precision.autocast(self.ranks.device), self.model.acting() as policy:
             return evaluate_rewards(
                 policy, prompts, self.rewards, self.decode, self.sampling, self.ranks,

@@ -31,10 +31,12 @@ class Pairs:
     @property
     def chosen_ratio(self) -> Tensor:
         """log π/π_ref of the chosen answers."""
+        assert self.reference_chosen is not None, "this loss needs a reference"
         return self.chosen - self.reference_chosen
 
     @property
     def rejected_ratio(self) -> Tensor:
+        assert self.reference_rejected is not None, "this loss needs a reference"
         return self.rejected - self.reference_rejected
 
     @property

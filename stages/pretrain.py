@@ -21,7 +21,7 @@ from kernels.dropout import GOLDEN, mix64
 from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import Ranks, unwrap
 from training.examples_data import SAMPLE_KEY, without_dropout
-from training.metrics import mean
+from training.metrics import Figures, Metrics, mean
 from training.precision import Precision
 
 
@@ -58,7 +58,7 @@ class Pretrain:
         """How many times the first source has been seen after that many samples, as a fraction."""
         return self.data.epoch(first_sample)
 
-    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss in nats to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight."""
         if SAMPLE_KEY in batch.columns:
             places = torch.arange(1, batch.input_ids.shape[1] + 1, device=batch.input_ids.device)
@@ -75,7 +75,7 @@ class Pretrain:
         return sums.total, {"loss": (sums.cross_entropy, batch.weight)}
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """Validation loss (nats per token) and bits per byte over all ranks, on the first `eval_tokens` of the split.
 
         Bits per byte counts the loss of every target, end-of-text tokens too, over the bytes of the same targets. With
@@ -90,10 +90,10 @@ class Pretrain:
                 figures |= {f"{name}_all": value for name, value in self._evaluate(model, 0).items()}
         return figures
 
-    def _evaluate(self, model: nn.Module, max_tokens: int) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module, max_tokens: int) -> Figures:
         inner, device = unwrap(model), self.ranks.device
         loss = torch.zeros((), dtype=torch.float64, device="cpu")
-        weight = num_bytes = 0
+        weight = num_bytes = 0.0
         ranks = self.ranks
         for batch in evaluation_micro_batches(
             self.validation, self.micro_batch_size, max_tokens, ranks.rank, ranks.world_size, self.token_bytes

@@ -16,6 +16,7 @@ from batches.micro_batch import MicroBatch
 from finetune_data.encoding_examples import ENDS_SIDE
 from ranks import unwrap
 from training.examples_data import ExampleFeed, Group, Metrics, use_sample_keys
+from training.metrics import Figures
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Reward:
         }
         return losses.sum(), {name: (value.detach().sum(), batch.weight) for name, value in figures.items()}
 
-    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """val_loss and val_margin a pair, and val_accuracy: how often the chosen answer scores higher."""
         names = {"loss": "val_loss", "accuracy": "val_accuracy", "margin": "val_margin"}
         return self.feed.evaluate(model, self._micro_batches, self.loss, names, everything)
 
     def _micro_batches(self, groups: SequenceOf[Group]) -> list[MicroBatch]:
         batches = self.feed.pack(groups)
-        sides = [batch.columns.get(ENDS_SIDE, torch.ones(len(batch.last_tokens))) for batch in batches]
+        sides = [batch.columns.get(ENDS_SIDE, torch.ones(batch.num_sequences)) for batch in batches]
         return [replace(batch, weight=int(ends.sum()) // 2) for batch, ends in zip(batches, sides, strict=True)]

@@ -23,9 +23,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from limits import CallTimeout, call_within
 from model import Transformer
 from ranks import Ranks
 from stages.answers import as_number, final_answer, last_number
+from training.metrics import Figures, Metrics
 from training.precision import Precision
 
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "target", "label")
@@ -111,7 +113,7 @@ def judge(
     if not rollouts:
         return scores
     answers = [rollout.response[:-1] if rollout.finished else rollout.response for rollout in rollouts]
-    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns}
+    columns: dict[str, list] = {name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns}
     columns |= {
         "prompts": [prompt.text for prompt in prompts],
         "completions": [decode(answer.tolist()) for answer in answers],
@@ -186,7 +188,7 @@ def _std(values: np.ndarray) -> float:
     return float(known.std(ddof=1)) if known.size > 1 else math.nan
 
 
-def phase_metrics(columns: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def phase_metrics(columns: dict[str, Tensor]) -> Metrics:
     """{figure of the phase: (sum, weight)} from columns that are the same for every answer; NaN weighs nothing.
 
     Weighed by answers and not by what is learned, so that a step of which nothing is learned has them too.
@@ -269,7 +271,7 @@ def _accepted(function: Callable, columns: dict[str, list]) -> tuple[list[list],
 
 
 def _call_once(function: Callable, arguments: tuple[list[list], dict[str, list]], timeout: float) -> object:
-    async def wait(result: object) -> object:
+    async def wait(result: Awaitable[object]) -> object:
         try:
             async with asyncio.timeout(timeout) as limit:
                 return await result
@@ -300,7 +302,7 @@ def _find_culprit(
     return 0
 
 
-def _as_float(name: str, value: object, prompt: str) -> float:
+def _as_float(name: str, value: Any, prompt: str) -> float:
     if value is None:
         return float("nan")
     try:
@@ -323,8 +325,8 @@ def _short(text: str) -> str:
 
 
 def some_and_all(
-    evaluate: Callable[[SequenceOf[Prompt]], dict[str, float]], prompts: SequenceOf[Prompt], some: int, everything: bool
-) -> dict[str, float]:
+    evaluate: Callable[[SequenceOf[Prompt]], Figures], prompts: SequenceOf[Prompt], some: int, everything: bool
+) -> Figures:
     """The figures that `evaluate` finds for the first `some` held-out prompts (0: for all); with `everything`, and more of
     them, those of all under `_all`. {} where there are none."""
     if not prompts:
@@ -345,7 +347,7 @@ def evaluate_rewards(
     *,
     seed: int,
     timeout: float,
-) -> dict[str, float | None]:
+) -> Figures:
     """Held-out figures over all ranks: one answer drawn for each prompt, with the same random numbers every time.
 
     val_reward, its parts when there are several, the shares of answers that nothing could judge and that ended, and their

@@ -7,6 +7,7 @@ Whose tokens are targets, the assistant's or all, is decided where examples beco
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from kernels.dropout import GOLDEN, mix64
 from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import unwrap
 from training.examples_data import SAMPLE_KEY, ExampleFeed, Metrics, token_keys, use_sample_keys
+from training.metrics import Figures
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,17 @@ class SFT:
         )
         return sums.total, {"loss": (sums.cross_entropy, batch.weight)}
 
-    def evaluate(self, model: nn.Module, everything: bool) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """val_loss: nats a target of the held-out examples."""
         return self.feed.evaluate(model, self.feed.pack, self.loss, {"loss": "val_loss"}, everything)
 
     @contextlib.contextmanager
-    def _noise(self, model: nn.Module, batch: MicroBatch) -> Iterator[None]:
+    def _noise(self, model: Any, batch: MicroBatch) -> Iterator[None]:
         """Inside, the embedding adds this batch's noise, if it is a training batch and noise is wanted."""
         if not self.neftune_alpha:
             yield
             return
-        embedding = model.model["embed_tokens"]
+        embedding = model.model.embed_tokens
         if not hasattr(embedding, "noise"):
             # for good: a compiled model does not notice hooks that come or go, but does notice an attribute
             embedding.noise = None
@@ -73,7 +75,7 @@ class SFT:
             embedding.noise = None
 
 
-def _add_noise(embedding: nn.Module, _, output: Tensor) -> Tensor:
+def _add_noise(embedding: Any, _, output: Tensor) -> Tensor:
     return output if embedding.noise is None else output + embedding.noise.to(output.dtype)
 
 

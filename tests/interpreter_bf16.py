@@ -74,6 +74,13 @@ def patch() -> None:
         elif name.startswith("create_fcmp"):
             setattr(builder, name, compared(getattr(builder, name)))
 
+    _patch_casts(tl, interpreter, up, is_bf16)
+    _patch_reductions(tl, interpreter, up, down, is_bf16)
+    _patch_range(interpreter)
+
+
+def _patch_casts(tl, interpreter, up, is_bf16) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     cast, fp_to_fp, dot, atomic = (
         getattr(builder, name) for name in ("cast_impl", "create_fp_to_fp", "create_dot", "create_atomic_rmw")
     )
@@ -99,8 +106,6 @@ def patch() -> None:
     builder.cast_impl, builder.create_fp_to_fp, builder.create_atomic_rmw = cast_impl, create_fp_to_fp, atomic_add
     builder.create_dot = lambda self, a, b, c, *rest: dot(self, up(a), up(b), c, *rest)
     builder.get_bf16 = lambda self, value: handle(_narrow(np.array([value])), tl.bfloat16)
-    _patch_reductions(tl, interpreter, up, down, is_bf16)
-    _patch_range(interpreter)
 
 
 def _patch_reductions(tl, interpreter, up, down, is_bf16) -> None:

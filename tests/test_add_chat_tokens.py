@@ -147,7 +147,7 @@ def test_new_rows_begin_as_the_mean_and_learn(name, bases, trained):
     size, base = load_tokenizer(bases / name).vocab_size, load_file(bases / name / "model.safetensors")
     mean = base["model.embed_tokens.weight"][:size].mean(0)
     learned = load_for_use(checkpoint, None, device="cpu", dtype=torch.float32)
-    rows = learned.model["embed_tokens"].weight
+    rows = learned.model.embed_tokens.weight
     assert len(rows) == 384
     if name != "all_tied":  # the padding that is left learns as part of a head alone
         assert not rows[size + len(NEW) :].any()
@@ -196,7 +196,7 @@ def test_rows_that_learn_have_the_gradient_of_the_whole_weights(bases):
         for one in (whole, model):
             hidden = one(x[:, :-1]).flatten(0, 1)
             linear_cross_entropy(hidden, one.head_weight, x[:, 1:].flatten(), implementation="torch").total.backward()
-        layers = {"embed_tokens": whole.model["embed_tokens"], "lm_head": getattr(whole, "lm_head", None)}
+        layers = {"embed_tokens": whole.model.embed_tokens, "lm_head": getattr(whole, "lm_head", None)}
         for layer, rows in token_rows(model).items():
             wanted = layers[layer].weight.grad[ids]
             assert wanted.abs().min(1).values.max() > 0

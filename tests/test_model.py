@@ -420,7 +420,7 @@ def test_initialisation_depends_on_seed_and_name_only():
         assert torch.equal(weight, second.state_dict()[name]), name
     second.init_weights(4, zero_residual=True)
     assert not torch.equal(first.head_weight, second.head_weight)
-    layers = [layer["self_attn.q_proj.weight"] for layer in (x.state_dict() for x in first.model["layers"])]
+    layers = [layer["self_attn.q_proj.weight"] for layer in (x.state_dict() for x in first.model.layers)]
     assert not torch.equal(layers[0], layers[1])
 
 
@@ -442,7 +442,7 @@ def test_a_meta_model_is_wholly_initialised():
 def test_rows_that_pad_the_vocabulary_are_zero(tied):
     model = Transformer(config(tie_word_embeddings=tied))
     model.init_weights(0, zero_residual=False, num_real_tokens=150)
-    for table in (model.model["embed_tokens"].weight, model.head_weight):
+    for table in (model.model.embed_tokens.weight, model.head_weight):
         assert (table[150:] == 0).all() and (table[:150].abs().sum(-1) > 0).all()
 
 
@@ -454,7 +454,7 @@ def test_parameters_are_counted_without_building(name):
     model = Transformer(config(**VARIANTS[name]))
     count = count_parameters(model.config)
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
-    assert count.embedding == model.model["embed_tokens"].weight.numel()
+    assert count.embedding == model.model.embed_tokens.weight.numel()
     assert count.embedding + count.non_embedding == count.total
 
 

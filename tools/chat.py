@@ -30,6 +30,7 @@ from tools.generate import (
     check_settings,
     find_model,
     print_speed,
+    replace_what_cannot_be_shown,
     sampling_settings,
 )
 from training.loading import find_adapter, load_for_use
@@ -56,9 +57,8 @@ def main(args: argparse.Namespace) -> int:
     template = load_chat_template(folder, override=args.chat_template)
     for line in describe_template(tokenizer, template):
         print(line, file=sys.stderr)
-    # what a terminal cannot show, or what is not text, must not end a dialogue
-    sys.stdin.reconfigure(errors="replace")
-    sys.stdout.reconfigure(errors="backslashreplace")
+    replace_what_cannot_be_shown(sys.stdin, "replace")
+    replace_what_cannot_be_shown(sys.stdout, "backslashreplace")
     converse(model, tokenizer, template, args)
     return 0
 

@@ -135,7 +135,7 @@ def train(size: Size, data: Path, run: Path, seconds: int, is_python: bool) -> N
     precisions = ["auto"] if torch.cuda.is_available() else ["none", "bf16"]  # bf16 is fast on some CPUs, slow on most
     probe = _PROBE_STEPS if seconds >= 60 else _PROBE_STEPS // 3  # not longer than the training itself
     speeds = {precision: seconds_per_step([*common, "--mixed_precision", precision], probe) for precision in precisions}
-    precision = min(speeds, key=speeds.get)
+    precision = min(speeds, key=speeds.__getitem__)
     windows = load_metadata(data).splits["train"].tokens // size.max_length
     steps = max(_MIN_STEPS, min(int(seconds / speeds[precision]), _MAX_EPOCHS * windows // size.batch_size))
     seen = ", ".join(f"{speed:.2f} s with --mixed_precision {name}" for name, speed in speeds.items())

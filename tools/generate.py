@@ -7,9 +7,11 @@ Several samples are numbered; sample i uses the seed --seed + i. The text goes t
 """
 
 import argparse
+import io
 import math
 import sys
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
@@ -74,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     check_model(folder, model, tokenizer)
 
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_samples)]
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows what it can
+    replace_what_cannot_be_shown(sys.stdout, "backslashreplace")
     for number, (prompt, seed) in enumerate(jobs, start=1):
         if len(jobs) > 1:
             print(f"--- {number} of {len(jobs)}, seed {seed} ---")
@@ -84,6 +86,12 @@ def main(args: argparse.Namespace) -> int:
             limit = model.config.max_position_embeddings
             print(f"stopped: the model's context of {limit} tokens (max_position_embeddings) is full", file=sys.stderr)
     return 0
+
+
+def replace_what_cannot_be_shown(stream: TextIO, errors: str) -> None:
+    """What a terminal that is not UTF-8 cannot show, or what is not text, ends nothing."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=errors)
 
 
 def print_continuation(
@@ -108,7 +116,7 @@ def print_continuation(
             return end.value
 
 
-def sampling_settings(args: argparse.Namespace) -> dict[str, float]:
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     """How a token is drawn, as `stream_ids` takes it."""
     return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
 
@@ -161,7 +169,7 @@ def find_model(where: str) -> Path:
         print(f"passed over {skipped}: {reason}", file=sys.stderr)
     if found.path != path:
         print(f"checkpoint: {found.path}", file=sys.stderr)
-    return found.path
+    return found.folder
 
 
 def check_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:

@@ -33,6 +33,7 @@ from checkpointing.save import write_weights
 from checkpointing.save_folder import CONFIG, GENERATION_CONFIG
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError
+from model import Transformer
 from training.loading import find_adapter, find_base
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -65,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
     stored = stored_dtype(base)
     dtype = getattr(torch, args.dtype) if args.dtype else stored
     into_nf4 = args.merge_into == "nf4" or (args.merge_into == "auto" and learned_over(adapter) == "nf4")
+    model: Transformer
     if "score" in (read_adapter_config(adapter).get("modules_to_save") or ()):
         model = RewardModel.from_pretrained(base, seed=0, dtype=stored)
         if into_nf4:

@@ -50,10 +50,10 @@ class Start(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What is known of the data. count: rows or examples to learn from; None where it cannot be read, which `words` say."""
+    """What is known of the data. samples: rows or examples to learn from; None where it cannot be read, which `words` say."""
 
     max_length: int
-    count: int | None
+    samples: int | None
     sizes: dict[str, Any] = {}  # noqa: RUF012 - what plan_run is told of the examples; never changed
     words: str = ""
 
@@ -103,14 +103,14 @@ def _table(
     data = _windows(config) if config.stage == "pretrain" else _examples(config, start)
     model = start.shape
     steps_known = config.stage == "pretrain" or origins["max_steps"] != "default"
-    if not steps_known and data.count is not None:
-        config, steps_known = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.count)), True
+    if not steps_known and data.samples is not None:
+        config, steps_known = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.samples)), True
 
     device = choose_device(config.device)
     precision = choose_precision(config.mixed_precision, device)
     plan = plan_run(
         config, model, max_length=data.max_length, world_size=world_size,
-        half_precision=precision.dtype != torch.float32, train_windows=data.count,
+        half_precision=precision.dtype != torch.float32, train_windows=data.samples,
         judge_over_base=config.init_from != _BEFORE and reward_adapter(config, start.tokenizer) is not None, **data.sizes,
     )  # fmt: skip
     extra = {"precision": precision.reason}

@@ -50,9 +50,9 @@ def run_plan(
     with save_folder.lock(root):
         for stage in stages:
             given = stage.given(flags) | {"save_dir": str(root / stage.folder)}
-            follows = before is not None and "init_from" not in given
-            if follows:
-                given["init_from"] = str(language_model_of(before))
+            follows = False
+            if before is not None and "init_from" not in given:
+                given["init_from"], follows = str(language_model_of(before)), True
             done = finished_checkpoint(given, follows) if resuming else None
             if list_checkpoints(root / stage.folder):  # a run that goes on keeps its batch
                 given = {name: value for name, value in given.items() if name not in stage.derived or name in flags}
@@ -126,7 +126,7 @@ def language_model_of(given: dict[str, Any]) -> Path:
     Every rank calls it; rank 0 merges. Raises UserError.
     """
     save_dir = Path(given["save_dir"])
-    checkpoint = resolve_checkpoint(save_dir, save_dir).path
+    checkpoint = resolve_checkpoint(save_dir, save_dir).folder
     if not (checkpoint / ADAPTER_CONFIG).exists():
         return checkpoint
     # the base that it was trained over: the newest checkpoint of --init_from may be another by now

@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,7 +128,8 @@ def version_of(package: str) -> str | None:
 
 def release(version: str) -> tuple[int, ...]:
     """The numbers of a version, for comparing: "2.13.0+cpu" is (2, 13, 0)."""
-    return tuple(int(number) for number in re.match(r"\d+(\.\d+)*", version)[0].split("."))
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()
 
 
 def why_not_importable(module: str) -> str | None:
@@ -301,7 +303,7 @@ def speed_rows(device: "torch.device") -> Rows:
     rows = []
     for dtype in (torch.float32, torch.float16 if lacks_bf16(device) else torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = best_time(lambda a=a, b=b: a @ b, device)
+        seconds = best_time(partial(torch.matmul, a, b), device)
         name = str(dtype).removeprefix("torch.")
         rows.append((f"{name} matrix product", f"{2 * size**3 / seconds / 1e12:.2f} TFLOP/s ({size} wide)"))
     source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
@@ -355,8 +357,10 @@ def losses_around_a_step(device: "torch.device") -> tuple[float, float]:
     from training.precision import choose_precision
 
     precision = choose_precision("auto", device)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = Transformer(ModelConfig(vocab_size=512, **shape))
+    shape = ModelConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = Transformer(shape)
     model.init_weights(seed=0, zero_residual=True)
     model.to(device)
     optimizers = build_optimizers(model, name="muon", learning_rate=1e-2, weight_decay=0.1)

@@ -159,9 +159,9 @@ def resolve_config(
     layers = [
         ("stage", _stage_defaults(chosen.get("stage", "pretrain"), chosen.get("lora", False))),
         ("checkpoint", {name: value for name, value in (saved or {}).items() if name not in _NOT_RESUMED}),
-        ("preset", PRESETS.get(from_file.get("preset"), {})),
+        ("preset", PRESETS.get(from_file.get("preset", ""), {})),
         ("config file", from_file),
-        ("preset", PRESETS.get(given.get("preset"), {})),  # named on the command line, it beats the file's sizes
+        ("preset", PRESETS.get(given.get("preset", ""), {})),  # named on the command line, it beats the file's sizes
         ("command line", given),
     ]
     values: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.choice import KernelChoice
 from ranks import Ranks
 from training.config import TrainConfig
 from training.plan import RunPlan
@@ -25,7 +26,8 @@ def describe_run(
     ranks: Ranks,
     precision: Precision,
     data_order: dict,
-    choices: dict,
+    kernels: KernelChoice,
+    attention: str,
 ) -> dict:
     """The content of run.json."""
     return {
@@ -46,7 +48,7 @@ def describe_run(
         "flops_per_token": plan.flops_per_token,
         "precision": str(precision.dtype).removeprefix("torch."),
         "data_fingerprint": data_order["fingerprints"],
-        "kernels": choices,
+        "kernels": {**dataclasses.asdict(kernels), "attention": attention},
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "started": time.time(),

@@ -19,12 +19,11 @@ from batches.packing import Sequence, pack
 from batches.sampler import SAMPLER_VERSION, hash_key, locate
 from kernels.dropout import GOLDEN, mix64
 from ranks import Ranks, unwrap
-from training.metrics import mean
+from training.metrics import Figures, Metrics, mean
 from training.precision import Precision
 
 SAMPLE_KEY = "sample_key"  # the column of a sequence that is trained on
 Group = SequenceOf[Sequence]
-Metrics = dict[str, tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class ExampleFeed:
             keys = iter(self._sample_keys(groups, self.samples(first)))
             for_step = []
             for batch in micro_batches(groups):
-                column = torch.tensor([next(keys) for _ in batch.last_tokens], dtype=torch.int64)
+                column = torch.tensor([next(keys) for _ in range(batch.num_sequences)], dtype=torch.int64)
                 for_step.append(replace(batch, columns={**batch.columns, SAMPLE_KEY: column}))
             yield for_step
             first += self.batch_size
@@ -113,7 +112,7 @@ class ExampleFeed:
         loss: Callable[[nn.Module, MicroBatch], tuple[Tensor, Metrics]],
         names: dict[str, str],
         everything: bool,
-    ) -> dict[str, float]:
+    ) -> Figures:
         """Means over the held-out examples, each once, in order and split over the ranks; {} where there are none.
 
         names: {metric of `loss`: name of the figure}. With `everything`, where eval_tokens leaves examples out, the
@@ -130,7 +129,7 @@ class ExampleFeed:
                 figures |= {f"{name}_all": value for name, value in whole.items()}
         return figures
 
-    def _means(self, model, groups, micro_batches, loss, names) -> dict[str, float]:
+    def _means(self, model, groups, micro_batches, loss, names) -> Figures:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         begin, end = (len(groups) * r // world_size for r in (rank, rank + 1))
         sums = {metric: [0.0, 0.0] for metric in names}

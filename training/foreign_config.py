@@ -323,7 +323,7 @@ def _drop_adapters(given: dict[str, tuple[str, Any]], found: Translation) -> Non
 def _set_precision(given: dict[str, tuple[str, Any]], where: str) -> None:
     """--mixed_precision of bf16 and fp16, else of the dtype, else of that of 4-bit products."""
     asked = {kind: given.pop(f"precision of {kind}", None) for kind in ("bf16", "fp16", "dtype", "compute")}
-    flags = {kind: bool(asked[kind][1]) for kind in ("bf16", "fp16") if asked[kind]}
+    flags = {kind: bool(found[1]) for kind in ("bf16", "fp16") if (found := asked[kind])}
     chosen = [kind for kind, on in flags.items() if on]
     if len(chosen) > 1:
         raise UserError(f"--config {where}: bf16 and fp16 are both true: leave one out")

@@ -62,7 +62,7 @@ def find_model_or_adapter(where: str, flag: str) -> Path:
 def _newest(folder: Path) -> Path:
     """The folder itself, or, of a run, its newest whole checkpoint. Raises UserError where a run has none that is whole."""
     if not any((folder / name).exists() for name in _DESCRIPTIONS) and list_checkpoints(folder):
-        return resolve_checkpoint(folder, folder).path
+        return resolve_checkpoint(folder, folder).folder
     return folder
 
 
@@ -74,44 +74,45 @@ def read_shape(folder: Path) -> ModelConfig:
 
 
 def build_model(
-    config: TrainConfig, shape: ModelConfig | None, base: Path | None, checkpoint: Path | None, *,
+    config: TrainConfig, shape: ModelConfig, base: Path | None, checkpoint: Path | None, *,
     kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision, rows: int, num_new_tokens: int = 0,
 ) -> Transformer | ActorCritic:  # fmt: skip
     """The model of a run at its start, or as `checkpoint` holds it. base: the folder of --init_from, or None.
 
-    shape: None takes the base's.
     num_real_tokens: ids of the tokenizer; the last num_new_tokens of them the base did not have, and their rows learn.
     rows: tokens of a micro-batch. Weights that learn are fp32; frozen ones are in the dtype that the run computes in, or
     NF4 with --load_in_4bit. A --reward_model that is an adapter over the same base becomes one more adapter, "reward".
     """
-    if config.stage == "reward":
+    plain: Transformer
+    if config.stage == "reward" and base is not None:
         dtype = precision.dtype if config.lora else torch.float32
-        model = RewardModel.from_pretrained(base, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
+        plain = RewardModel.from_pretrained(base, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
         if config.load_in_4bit:
-            quantise_layers(model)
+            quantise_layers(plain)
     elif base is not None:
         frozen = "nf4" if config.load_in_4bit else None
         dtype = precision.dtype if config.lora else torch.float32
-        model = load_base(base, dtype=dtype, quantise=frozen, device=device)
-        if shape is not None:  # the run's rows may be longer than those that the base was trained on
-            model.config.max_position_embeddings = shape.max_position_embeddings
-        model.kernels = kernels
+        plain = load_base(base, dtype=dtype, quantise=frozen, device=device)
+        # the run's rows may be longer than those that the base was trained on
+        plain.config.max_position_embeddings = shape.max_position_embeddings
+        plain.kernels = kernels
         if num_new_tokens:
-            if shape.vocab_size > model.config.vocab_size:
-                grow_vocabulary(model, shape.vocab_size)
-            start_rows(model, num_real_tokens - num_new_tokens, num_new_tokens)
+            if shape.vocab_size > plain.config.vocab_size:
+                grow_vocabulary(plain, shape.vocab_size)
+            start_rows(plain, num_real_tokens - num_new_tokens, num_new_tokens)
     else:
         with torch.device("meta"):  # no memory is touched twice, however large the model
-            model = Transformer(shape, kernels)
-        model.to_empty(device=device)
+            plain = Transformer(shape, kernels)
+        plain.to_empty(device=device)
         if checkpoint is None:
-            model.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
-    if config.lora:
-        model = _with_adapters(config, model, base, rows)
+            plain.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
+    model: Transformer | ActorCritic = plain
+    if config.lora and base is not None:
+        model = _with_adapters(config, plain, base, rows)
         if num_new_tokens:
-            learn_rows(model, range(num_real_tokens - num_new_tokens, num_real_tokens))
+            learn_rows(plain, range(num_real_tokens - num_new_tokens, num_real_tokens))
     elif config.stage == "ppo":
-        model = ActorCritic(model, _critic(config, model, device))
+        model = ActorCritic(plain, _critic(config, plain, device))
     if checkpoint is not None:
         _load_parts(config, model, checkpoint)
     return model
@@ -132,6 +133,7 @@ def _with_adapters(config: TrainConfig, model: Transformer, base: Path, rows: in
     head = None
     if judge:
         head = load_adapter(model, judge, REWARD_ADAPTER)
+        assert head is not None, "reward_adapter takes folders with a head alone"
         set_aside(model, REWARD_ADAPTER)
         model.register_buffer(REWARD_HEAD, head.to(model.head_weight.device), persistent=False)
         if ppo:  # the critic starts from what knows best what answers are worth
@@ -139,9 +141,9 @@ def _with_adapters(config: TrainConfig, model: Transformer, base: Path, rows: in
     return ActorCritic(model, head=head) if ppo else model
 
 
-def reward_adapter(config: TrainConfig, base: Path) -> Path | None:
-    """The PEFT folder that --reward_model means, if it is one. Raises UserError where it does not fit the run."""
-    if config.reward_model is None or not config.lora:
+def reward_adapter(config: TrainConfig, base: Path | None) -> Path | None:
+    """The PEFT folder that --reward_model means, if it is one over `base`. UserError where it does not fit the run."""
+    if config.reward_model is None or not config.lora or base is None:
         return None
     path = _newest(Path(config.reward_model))
     if not (path / ADAPTER_CONFIG).exists():
@@ -172,14 +174,14 @@ def _critic(config: TrainConfig, policy: Transformer, device: torch.device) -> R
 # ------------------------------------------------------------------------------------- what a run's checkpoint consists of
 
 
-def checkpoint_parts(config: TrainConfig, model: nn.Module, base: Path | None) -> dict:
+def checkpoint_parts(config: TrainConfig, model: nn.Module) -> dict:
     """What `save_checkpoint` is told of a model that is not simply one set of weights."""
     inner = unwrap(model)
     policy = inner.policy if isinstance(inner, ActorCritic) else inner
     parts: dict = {"part": policy}
-    if config.lora:
+    if config.lora and config.init_from:
         name = POLICY_ADAPTER if policy is not inner else "default"
-        parts["adapter"] = peft_files(policy, name, str(base.resolve()))
+        parts["adapter"] = peft_files(policy, name, str(Path(config.init_from).resolve()))
     if policy is not inner:
         parts["beside"] = {CRITIC_FILE: safetensors_chunks(_critic_tensors(inner), {"format": "pt"})}
     return parts
@@ -192,18 +194,19 @@ def _critic_tensors(model: ActorCritic) -> dict[str, Tensor]:
 
 
 def _load_parts(config: TrainConfig, model: Transformer | ActorCritic, checkpoint: Path) -> None:
+    critic = model if isinstance(model, ActorCritic) else None
     policy = model.policy if isinstance(model, ActorCritic) else model
     if config.lora:
-        load_adapter(policy, checkpoint, POLICY_ADAPTER if policy is not model else "default")
+        load_adapter(policy, checkpoint, POLICY_ADAPTER if critic else "default")
     else:
         load_model(checkpoint, policy)
-    if policy is model:
+    if critic is None:
         return
     try:
         found = load_file(checkpoint / CRITIC_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{checkpoint / CRITIC_FILE} cannot be read ({error})") from error
-    targets = _critic_tensors(model)
+    targets = _critic_tensors(critic)
     if found.keys() != targets.keys():
         raise UserError(
             f"{checkpoint / CRITIC_FILE} is the critic of another kind of run; check --lora and its settings"

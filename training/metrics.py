@@ -24,6 +24,8 @@ from ranks import Ranks
 from training.run_files import METRICS_FILE, RUN_FILE, STATUS_FILE, duration
 
 T = TypeVar("T")
+Metrics = dict[str, tuple[Tensor, float | Tensor]]  # {metric: (sum, weight)} of one rank
+Figures = dict[str, float | None]  # of all ranks, None where nothing was averaged over
 
 _STATUS_SECONDS = 5.0
 _LIVE_SECONDS = 0.5
@@ -61,7 +63,7 @@ def peak_of(name: str) -> float | None:
     return float(_PEAK_TFLOPS_16BIT[name]) if name in _PEAK_TFLOPS_16BIT else None
 
 
-def reduce_metrics(metrics: dict[str, tuple[Tensor, float]], ranks: Ranks) -> dict[str, float | None]:
+def reduce_metrics(metrics: Metrics, ranks: Ranks) -> Figures:
     """{metric: mean over all ranks, None of one that nothing was averaged over} from each rank's (sum, weight)."""
     total = iter(ranks.sum([float(part) for name in sorted(metrics) for part in metrics[name]]))
     return {name: mean(next(total), next(total)) for name in sorted(metrics)}

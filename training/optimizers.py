@@ -116,7 +116,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError("Muon updates 2-D matrices only")
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, unless `self.found_inf` is 1.0. Every rank calls it."""
         if closure is not None:
             raise ValueError("Muon takes no closure")
@@ -171,6 +171,7 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
         """The Nesterov direction, laid on its side (rows <= columns), where the Gram matrix is smallest."""
+        assert parameter.grad is not None, "only parameters with a gradient have a direction"
         direction = torch.lerp(parameter.grad, self.state[parameter]["momentum_buffer"], momentum)
         return direction.mT if _is_tall(parameter) else direction
 

@@ -38,7 +38,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
         yield
 
 
-def settle_gradient_buckets(model: nn.Module, backward: Callable[[], None]) -> None:
+def settle_gradient_buckets(model: nn.Module, backward: Callable[[], object]) -> None:
     """Let DDP finish arranging its gradient buckets before the first step.
 
     DDP regroups its buckets after the first backward pass, which changes the order in which three or more ranks are

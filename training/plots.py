@@ -62,8 +62,8 @@ def _draw_curve(panel: Axes, runs: Sequence[RunHistory], stage: StageFigures) ->
         panel.plot(steps, average, color=colour, linewidth=1.6, label=label)
         if np.isfinite(val).any():
             best = int(np.nanargmin(stage.sign * val))
-            label = None if len(runs) > 1 else f"validation, best {val[best]:.4f} at {int(val_steps[best]):,}"
-            panel.plot(val_steps, val, "o", color=colour, markersize=4, markeredgecolor="black", label=label)
+            best_label = None if len(runs) > 1 else f"validation, best {val[best]:.4f} at {int(val_steps[best]):,}"
+            panel.plot(val_steps, val, "o", color=colour, markersize=4, markeredgecolor="black", label=best_label)
         for event in run.events:
             if event["event"] == "resume":
                 panel.axvline(event["step"], color=colour, linestyle=":", linewidth=1)

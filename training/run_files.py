@@ -98,7 +98,8 @@ class RunReader:
         return history
 
     def _forget_rows(self) -> None:
-        self._offset, self._seam, self._inode = 0, b"", None
+        self._offset, self._seam = 0, b""
+        self._inode: int | None = None
         self._train: dict[Any, Row] = {}
         self._evals: dict[Any, Row] = {}
         self._samples: dict[Any, Row] = {}
@@ -244,7 +245,7 @@ def list_checkpoints(run_dir: str | os.PathLike) -> list[CheckpointFiles]:
     """The checkpoints in a run's folder in order of step, their sizes compared with the manifest. No folder: []."""
     found = []
     try:
-        with os.scandir(run_dir) as scan:
+        with os.scandir(os.fspath(run_dir)) as scan:
             entries = list(scan)
     except (FileNotFoundError, NotADirectoryError):
         return []

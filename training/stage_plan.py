@@ -63,7 +63,7 @@ class PlannedStage:
 
     def given(self, flags: dict[str, Any]) -> dict[str, Any]:
         """All that this stage is given, as resolve_config takes it: the file's options and, over them, the flags."""
-        sizes = PRESETS.get(flags.get("preset"), {})  # a preset of the command line beats the file's sizes
+        sizes = PRESETS.get(flags.get("preset", ""), {})  # a preset of the command line beats the file's sizes
         options = {name: value for name, value in self.options.items() if name not in sizes}
         left_out = ("config",) if self.is_first else ("config", "init_from")
         return options | {name: value for name, value in flags.items() if name not in left_out}

@@ -9,6 +9,7 @@ what must agree, so a folder that was moved may be named anew. Data is pinned in
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from training.loading import find_base, find_model_or_adapter
 
 Pins = dict[str, dict[str, str]]
 
-_FOLDERS = {"init_from": find_base, "reward_model": find_model_or_adapter}
+_FOLDERS: dict[str, Callable[[str, str], Path]] = {"init_from": find_base, "reward_model": find_model_or_adapter}
 # keys of a config.json that say who wrote it, and nothing of what is computed
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 # what decides how the weights of a run's checkpoints are read; anything else may change when a run goes on
@@ -61,7 +62,8 @@ def stand_on(
         pin, words = _pin(name, named, before.get(name), checkpoint)
         pins[name] = pin
         said += words
-        config = replace(config, **{name: pin["path"]})
+        paths: dict[str, Any] = {name: pin["path"]}
+        config = replace(config, **paths)
     return config, pins, said
 
 

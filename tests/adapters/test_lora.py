@@ -186,7 +186,7 @@ def test_all_linear_means_the_blocks_and_never_the_head(targets):
     add_adapters(model, targets=targets)
     assert {path.rpartition(".")[2] for path in lora_layers(model)} == set(BLOCK_LINEARS)
     assert len(lora_layers(model)) == 2 * 7 and type(model.lm_head) is torch.nn.Linear
-    assert not model.lm_head.weight.requires_grad and not model.model["embed_tokens"].weight.requires_grad
+    assert not model.lm_head.weight.requires_grad and not model.model.embed_tokens.weight.requires_grad
 
 
 def test_a_starts_uniform_and_b_at_zero():
@@ -225,7 +225,7 @@ def test_rslora_divides_by_the_root_of_the_rank():
 
 def dora_layer(quantise=None, dtype=torch.float32, dropout=0.0) -> LoraLinear:
     model = an_adapted_model(dora=True, quantise=quantise, dropout=dropout)
-    layer = model.model["layers"][0].self_attn.q_proj
+    layer = model.model.layers[0].self_attn.q_proj
     if not quantise:
         layer.weight.data = layer.weight.data.to(dtype)
     return layer
@@ -371,12 +371,12 @@ def test_merged_weights_compute_what_the_adapters_do(settings):
     with adapters_off(model):
         off = merged_state(model, names=["model.layers.0.mlp.up_proj.weight"])
     assert list(off) == ["model.layers.0.mlp.up_proj.weight"]
-    assert torch.equal(*off.values(), model.model["layers"][0].mlp.up_proj.frozen_weight())
+    assert torch.equal(*off.values(), model.model.layers[0].mlp.up_proj.frozen_weight())
 
 
 def test_merging_rounds_once_to_the_frozen_weights_dtype():
     model = an_adapted_model()
-    layer = model.model["layers"][1].mlp.down_proj
+    layer = model.model.layers[1].mlp.down_proj
     exact = layer.weight.double() + ALPHA / RANK * layer.lora_B["default"].double() @ layer.lora_A["default"].double()
     merged = merged_state(model, dtype=torch.bfloat16)
     assert torch.equal(merged["model.layers.1.mlp.down_proj.weight"], exact.float().to(torch.bfloat16))
@@ -440,7 +440,7 @@ def test_layers_compute_in_the_way_that_was_measured_as_the_fastest(fastest, tmp
     model = a_model()
     model.kernels = KernelChoice(lora="triton")
     add_adapters(model, rank=RANK, alpha=ALPHA, rows=24)
-    blocks = model.model["layers"]
+    blocks = model.model.layers
     assert {block.self_attn.o_proj.path for block in blocks} == {fastest}
     assert {isinstance(block.input_layernorm, NormProjections) for block in blocks} == {fastest == "augmented"}
     torch.testing.assert_close(model(IDS), a_model()(IDS), atol=1e-5, rtol=0)

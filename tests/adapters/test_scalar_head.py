@@ -139,7 +139,7 @@ def test_under_autocast_and_over_bf16_weights_the_head_stays_fp32(tmp_path):
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
     path = save(a_reward_model(), tmp_path)
     half = RewardModel.from_pretrained(path, seed=0, dtype=torch.bfloat16)
-    assert half.score.weight.dtype == torch.float32 and half.model["norm"].weight.dtype == torch.bfloat16
+    assert half.score.weight.dtype == torch.float32 and half.model.norm.weight.dtype == torch.bfloat16
     assert torch.equal(half.score.weight, a_reward_model().score.weight)
 
 

@@ -189,11 +189,11 @@ def test_every_tensor_is_in_the_safetensors_files_by_its_name(tmp_path):
 
 def test_a_shared_weight_is_stored_once_though_nothing_in_the_config_says_so(tmp_path):
     run = tiny_run()
-    run[0].lm_head.weight = run[0].model["embed_tokens"].weight
+    run[0].lm_head.weight = run[0].model.embed_tokens.weight
     path = save(tmp_path, 1, run).path
     assert "lm_head.weight" not in safetensors.torch.load_file(path / "model.safetensors")
     again = tiny_run(seed=1)
-    again[0].lm_head.weight = again[0].model["embed_tokens"].weight
+    again[0].lm_head.weight = again[0].model.embed_tokens.weight
     load_model(path, again[0])
     assert torch.equal(again[0].lm_head.weight, run[0].lm_head.weight)
 

@@ -238,7 +238,7 @@ def some_losses(config: TrainConfig, opened) -> list[float]:
     precision = choose_precision("none", ranks.device)
     pins = {"init_from": {"weights": "those of seed 0", "config": "SHAPE"}}
     stage = build_stage(config, opened, model, ranks, precision, micro_batch_size=2, pins=pins)
-    model.model["embed_tokens"].weight.data.mul_(1.5)  # away from the reference, or every pair would lose ln 2
+    model.model.embed_tokens.weight.data.mul_(1.5)  # away from the reference, or every pair would lose ln 2
     found, batches = [], stage.batches(0)
     for _ in range(5):
         for batch in next(batches):

@@ -507,7 +507,7 @@ MUTANTS = [
     ("a token does not see itself", "seen = key <= query", "seen = key < query", "mask"),
     ("a window one too wide", "seen & (key > query - window)", "seen & (key >= query - window)", "mask"),
     ("queries at the start of the keys", "key_length - query_length, key_length, dev", "query_length, dev", "cache"),
-    ("a band as wide as the window", "window + query_length - 1)", "window)", "cache"),
+    ("a band as wide as the window", "reach + query_length - 1)", "reach)", "cache"),
     ("keys one before the window", "reach = mask.window + q.shape[1] - 1", "reach = mask.window + q.shape[1]", "token"),
     ("documents see each other", "same_document & _band", "_band", "mask"),
     ("the loop ignores the window", "window is None or window >= length:", "window != 0:", "loop"),

@@ -101,6 +101,12 @@ def logprobs_of(policy: Transformer, hidden: torch.Tensor, tokens: torch.Tensor)
 # ------------------------------------------------------------------------------------------ from the answer to the return
 
 
+def decayed_sums(values: np.ndarray, decay: float) -> np.ndarray:
+    """Each value and those after it, decayed: Schulman et al. 2016, equation 16, written out."""
+    places = range(len(values))
+    return np.array([sum(decay ** (i - t) * values[i] for i in places if i >= t) for t in places])
+
+
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 @pytest.mark.parametrize("kind", ["full", "adapters"])
 def test_advantages_and_returns_follow_the_papers(kind, whiten_rewards):
@@ -148,11 +154,7 @@ def test_advantages_and_returns_follow_the_papers(kind, whiten_rewards):
     advantages = []
     for reward, value in zip(rewards, all_values, strict=True):
         delta = reward + discount * np.append(value[1:], 0.0) - value
-        advantages.append(
-            np.array(
-                [sum((discount * trace) ** (i - t) * delta[i] for i in range(t, len(delta))) for t in range(len(delta))]
-            )
-        )
+        advantages.append(decayed_sums(delta, discount * trace))
     flat = np.concatenate(advantages)
     assert abs(flat.mean()) > 0.05  # leaving it in would be seen
     assert len(found) == len(kept)

@@ -122,7 +122,7 @@ def test_a_resumed_run_reads_its_own_file_and_needs_it(place, tmp_path):
     first, _ = references(config, base, model)
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "run" / "checkpoint_step_2").mkdir()
-    model.model["norm"].weight.data += 1  # it has learned since
+    model.model.norm.weight.data += 1  # it has learned since
     assert references(config, base, model) == (first, 0)
     (tmp_path / "run" / REFERENCE_FILE).unlink()
     with pytest.raises(UserError, match="start a new run"):

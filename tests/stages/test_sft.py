@@ -160,7 +160,7 @@ def test_noise_is_added_to_the_embeddings_of_a_compiled_model():
     stage = SFT(a_feed(groups, validation=groups), neftune_alpha=50.0)
     (batch,) = next(stage.batches(0))
     by_hand, compiled = a_model(), a_model()
-    embedding = by_hand.model["embed_tokens"]
+    embedding = by_hand.model.embed_tokens
     noise = neftune_noise(batch, embedding.embedding_dim, 50.0)
     embedding.register_forward_hook(lambda module, arguments, output: output + noise)
     expected = SFT(a_feed(groups)).loss(by_hand, batch)[0]

@@ -86,7 +86,7 @@ def test_the_sum_is_exact_and_rounded_once_to_the_bases_dtype(tmp_path):
     assert run(base, tmp_path / "adapter", tmp_path / "wide", "--dtype", "float32")["dtype"] == "float32"
     merged, wide = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "wide"))
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
-    layer = model.model["layers"][1].mlp.up_proj
+    layer = model.model.layers[1].mlp.up_proj
     exact = layer.weight.double() + 1.5 * layer.lora_B["default"].double() @ layer.lora_A["default"].double()
     assert torch.equal(wide["model.layers.1.mlp.up_proj.weight"], exact.float())
     assert all(torch.equal(merged[name], tensor.to(torch.bfloat16)) for name, tensor in wide.items())
@@ -97,7 +97,7 @@ def test_a_reward_model_keeps_its_head(tmp_path, base, quantise):
     (base / "tokenizer.json").unlink()  # it is none, and would be asked for a token to pad with
     model = RewardModel.from_pretrained(base, seed=4)
     add_adapters(model, rank=4, quantise=quantise)
-    model.model["layers"][0].mlp.up_proj.lora_B["default"].data.fill_(0.01)
+    model.model.layers[0].mlp.up_proj.lora_B["default"].data.fill_(0.01)
     save_adapter(model, tmp_path / "adapter")
     run(base, tmp_path / "adapter", tmp_path / "merged")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")

@@ -14,7 +14,7 @@ from errors import UserError
 from kernels.choice import KernelChoice
 from model import ModelConfig, Transformer
 from training.config import TrainConfig
-from training.loading import build_model
+from training.loading import build_model, read_shape
 from training.precision import choose_precision
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def judge(base, tmp_path_factory):
 def build(base, **options):
     config = TrainConfig(**{"lora": True, "init_from": str(base), "stage": "ppo", "train_data": ["x"], **options})
     return build_model(
-        config, None, base, None, kernels=KernelChoice(), num_real_tokens=97, device=CPU,
+        config, read_shape(base), base, None, kernels=KernelChoice(), num_real_tokens=97, device=CPU,
         precision=choose_precision("none", CPU), rows=24,
     )  # fmt: skip
 

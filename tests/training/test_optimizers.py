@@ -73,7 +73,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name, tied):
 
 def test_frozen_parameters_are_left_out_and_base_lr_is_on_every_group():
     model = tiny_model()
-    model.model["embed_tokens"].weight.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(False)
     optimizers = optimizers_for(model, "muon")
     assert "model.embed_tokens.weight" not in by_name(model, optimizers)
     assert {group["base_lr"] for optimizer in optimizers for group in optimizer.param_groups} == {LEARNING_RATE}
