@@ -1,12 +1,13 @@
 """What must work on a GPU before anything else is worth measuring? The list of gpu_first.py, worst failure first.
 
     data, base            made-up text through data_prep_tool.py; a small model of it, trained on the CPU
-    STAGE in bf16         every --stage for three steps: all weights, LoRA, LoRA over 4 bits
+    STAGE bf16            every --stage for three steps: all weights, LoRA, LoRA over 4 bits
+    STAGE bf16 compiled   the losses must follow those without the compiler
     resume, generate, …   the scripts as users start them
     attention, kernel     each back end and each kernel against float64, forward and backward
-    STAGE in fp16         the same again with the loss scaler
-    STAGE compiled        whose losses must follow those without the compiler
+    STAGE fp16            with the loss scaler
     speed                 one step at 124M and at 1B beside transformers: tokens/s and MFU
+    STAGE … compiled      with adapters, and in fp16
 
 Bounds stand beside what they bound. An error is ‖found − truth‖ / ‖truth‖, the truth in float64.
 """
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch._dynamo  # forked checks would spend seconds on it, as on the plots
@@ -31,7 +33,7 @@ import train
 import training.plots  # noqa: F401
 import utils  # noqa: F401
 from bench import kernels, step
-from bench.cases import Draw, Operation, Prepared
+from bench.cases import Draw, Operation, Prepared, Way
 from bench.gpu_first import ROOT, Check, Figures, Place, Skipped
 from bench.measure import environment, relative_error
 from bench.operations import operations
@@ -61,13 +63,14 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def all_checks() -> list[Check]:
-    """The list, in the order of what would hurt users most; what takes the compiler's minutes comes late."""
+    """The list, in the order of what would hurt users most; most of what takes the compiler's minutes comes last."""
     stages = partial(stage_checks, compiled=False)
     compiled = partial(stage_checks, compiled=True)
     needs = ("data", "base")
     checks = [Check("data", make_data, feeds=True), Check("base", make_base, needs=("data",), feeds=True)]
     for mode in MODES:
         checks += stages("bf16", mode)
+    checks += compiled("bf16", "")
     for stage, mode in (("pretrain", ""), ("sft", " QLoRA")):
         checks.append(Check(f"resume {stage}{mode}", partial(resume, stage=stage, mode=mode), 120, needs=needs))
     checks.append(Check("generate", generate, 90, needs=needs))
@@ -77,7 +80,6 @@ def all_checks() -> list[Check]:
     checks += [Check(f"kernel {name}", partial(kernel, name=name), 120) for name in operations()]
     for mode in MODES:
         checks += stages("fp16", mode)
-    checks += compiled("bf16", "")
     for size in step.SIZES["pretrain"]:
         for way in ("ours", "transformers"):
             checks.append(Check(f"speed {size} {way}", partial(speed, size=size, way=way), 120, alone=True))
@@ -102,6 +104,20 @@ def stage_checks(precision: str, mode: str, compiled: bool) -> list[Check]:
 
 def stage_name(stage: str, mode: str, precision: str, compiled: bool) -> str:
     return f"{stage}{mode} {precision}{' compiled' if compiled else ''}"
+
+
+def interpret_ranges() -> None:
+    """Let Triton's interpreter (3.6) loop over range(tensor) where NumPy (2.4) refuses int() of a one-element array."""
+    from triton.runtime import interpreter  # type: ignore[import-untyped]
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *arguments: object) -> object:
+        result = patch_tensor(tensor, *arguments)
+        tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
+        return result
+
+    interpreter._patch_lang_tensor = patched
 
 
 def machine(place: Place) -> Figures:
@@ -178,14 +194,14 @@ def figures_of(save_dir: Path, steps: int = STEPS) -> Figures:
     return {"loss": losses, "grad_norm": [row["grad_norm"] for row in rows]}
 
 
-def script(given: str, *more: object, stdin: str = "") -> str:
-    """A script of the project in an interpreter of its own, as users start it; what it wrote to stdout."""
+def script(given: str, *more: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """A script of the project in an interpreter of its own, as users start it; its output goes into the log too."""
     command = [sys.executable, *given.split(), *map(str, more)]
     done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, errors="replace", check=False)
     print(f"$ {' '.join(command)}\n{done.stdout}\n{done.stderr}", flush=True)
     last = done.stderr.strip().splitlines()[-1:] or [""]
     require(done.returncode == 0, f"{command[1]} ended with exit code {done.returncode}: {last[0]}")
-    return done.stdout + done.stderr
+    return done
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -260,7 +276,7 @@ def resume(place: Place, stage: str, mode: str) -> Figures:
     said = script(
         f"train.py {usual} {given}", "--save_dir", parted, "--checkpoint", "latest", "--sample_prompt", ""
     )  # fmt: skip
-    require("resumed from" in said, "the run did not resume")
+    require("resumed from" in said.stdout, "the run did not resume")
     lines = (parted / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = [row["loss"] for row in map(json.loads, lines) if "grad_norm" in row]
     require(len(found) == 2, f"{len(found)} steps after the resume, not 2")
@@ -283,7 +299,9 @@ def generate(place: Place) -> Figures:
         "utils.py generate --max_new_tokens 16 --num_samples 2 --prompt ba",
         "--checkpoint", place.work / "base", "--device", place.device,
     )  # fmt: skip
-    return tokens_drawn(said)
+    counts = [int(count) for count in re.findall(r"^(\d+) tokens, ", said.stderr, re.MULTILINE)]
+    require(len(counts) == 2 and min(counts) > 0, f"tokens of two samples: {counts}")
+    return {"tokens": counts}
 
 
 def chat(place: Place, adapters: bool = False) -> Figures:
@@ -292,13 +310,9 @@ def chat(place: Place, adapters: bool = False) -> Figures:
     if adapters:
         train_run(place, place.work / "answers", flags(place, "sft", " QLoRA", "bf16"))
         given += ["--adapter", place.work / "answers"]
-    return tokens_drawn(script("utils.py chat --max_new_tokens 8 --temperature 0.8", *given, stdin="ba\nko\n"))
-
-
-def tokens_drawn(said: str) -> Figures:
-    counts = [int(count.replace(",", "")) for count in re.findall(r"^([\d,]+) tokens, ", said, re.MULTILINE)]
-    require(len(counts) == 2 and min(counts) > 0, f"tokens of the answers: {counts}")
-    return {"tokens": counts}
+    said = script("utils.py chat --max_new_tokens 8 --temperature 0.8", *given, stdin="ba\nko\n")
+    require(bool(said.stdout.strip()), "two turns without an answer")
+    return {"characters": len(said.stdout)}
 
 
 # --------------------------------------------------------------------------------------------- attention, kernels, speed
@@ -307,7 +321,6 @@ def tokens_drawn(said: str) -> Figures:
 def back_end(place: Place, name: str) -> Figures:
     """Packed documents, with and without a window, and rows of one document each, against the definition in float64."""
     device = torch.device(place.device)
-    # on a CPU auto computes in the dtype of sdpa alone
     if reason := why_not(name, device, torch.bfloat16, 64):
         raise Skipped(reason)
     activate(name)
@@ -335,7 +348,8 @@ def attention_error(
     inputs = [draw.normal(2, length, heads, 64).requires_grad_() for heads in (8, 2, 2)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     found = attention(*inputs, mask=document_mask(starts, 2, length, dtype=dtype, window=window, backend=name))
-    truth = defined_attention(*exact, visible_keys(starts, length, window))
+    q, k, v = exact
+    truth = defined_attention(q, k, v, visible_keys(starts, length, window))
     upstream = draw.normal(*found.shape)
     gradients = torch.autograd.grad(found, inputs, upstream)
     wanted = torch.autograd.grad(truth, exact, upstream.double())
@@ -361,6 +375,8 @@ def defined_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tenso
 def kernel(place: Place, name: str) -> Figures:
     """Every way of ours of one operation of bench/operations.py, at a real size, against float64."""
     device = torch.device(place.device)
+    if place.tiny:
+        interpret_ranges()
     dtype = torch.float32 if place.tiny else torch.bfloat16
     operation = operations()[name]
     size = "tiny" if place.tiny else next(size for size in GPU_SIZES if size in operation.sizes)
@@ -378,7 +394,7 @@ def kernel(place: Place, name: str) -> Figures:
 
 
 def errors_of(
-    operation: Operation, size: str, way: object, device: torch.device, dtype: torch.dtype
+    operation: Operation, size: str, way: Way | Prepared, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """Of each output and gradient; inf for one that is missing or not finite."""
     draw = Draw(device, dtype, seed=0)
@@ -389,6 +405,8 @@ def errors_of(
 
 def speed(place: Place, size: str, way: str) -> Figures:
     """A training step of bench/step.py; transformers' beside ours, which must be the same step."""
+    if place.tiny:
+        interpret_ranges()
     row = step.measure("pretrain", "tiny" if place.tiny else size, way, None)
     if "skipped" in row:
         raise Skipped(row["skipped"])

@@ -115,7 +115,7 @@ class Running:
         return written.decode("utf-8", errors="replace")
 
 
-def start(check: Check, place: Place, limit: float, threads: int) -> Running:
+def start(check: Check, place: Place, limit: float, threads: int) -> Running:  # in the forked process it ends it
     """Fork a process that runs the check."""
     folder = Path(tempfile.mkdtemp(prefix="check_", dir=place.work))
     (folder / "output").touch()
@@ -153,7 +153,7 @@ def settle(folder: Path, parent: int, limit: float, threads: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, encoding="utf-8") for number in (1, 2))
     faulthandler.enable(sys.stderr)
     faulthandler.dump_traceback_later(max(0.9 * limit, limit - 2), file=sys.stderr)  # where it hangs, before its end
     torch.set_num_threads(threads)
@@ -264,8 +264,9 @@ class Line:
         """The first that can start now. One that runs alone lets nobody past."""
         if len(self.running) >= self.jobs or any(one.check.alone for one in self.running):
             return None
+        unfinished = {check.name for check in self.pending} | {one.check.name for one in self.running}
         for check in self.pending:
-            waits = any(need in {*(c.name for c in self.pending), *(r.check.name for r in self.running)} for need in check.needs)
+            waits = any(need in unfinished for need in check.needs)
             if check.alone:
                 return None if self.running or waits else check
             if not waits:
@@ -330,7 +331,9 @@ def finished(one: Running, until: float) -> dict | None:
 def prepare_process(dry_run: bool) -> None:
     """What the environment must say before torch's CUDA, Triton or the compiler is first asked."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # that there is a GPU is asked without CUDA, which survives no fork
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+        "1"  # that there is a GPU is asked without CUDA, which survives no fork
+    )
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each of several checks
     if dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
