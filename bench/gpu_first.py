@@ -217,6 +217,8 @@ class Report:
         counts = ", ".join(f"{found.count(status)} {status}" for status in (PASSED, FAILED, SKIPPED, NOT_RUN))
         words = ", ".join(f"{name} {value}" for name, value in self.environment.items() if isinstance(value, str))
         seconds = time.monotonic() - self.started
+        if self.environment.get("dry_run"):
+            words = f"a dry run: tiny shapes, whatever size a line names; {words}"
         return "\n".join([words, *lines, f"{counts}; this call took {seconds:.0f} s"]) + "\n"
 
 

@@ -65,7 +65,7 @@ left() {
 
 # minutes SECONDS: for a script that starts nothing after --minutes and lets what it started come to its end in 25 s
 minutes() {
-    awk -v seconds="$(left "$1")" 'BEGIN { print seconds > 35 ? (seconds - 25) / 60 : 0.1 }'
+    awk -v seconds="$(left "$1")" 'BEGIN { printf "%.2f", (seconds > 35 ? (seconds - 25) / 60 : 0.1) }'
 }
 
 # limited SECONDS COMMAND…: the scripts end by themselves (--minutes); this ends what hangs
@@ -111,6 +111,12 @@ print(*(text for text in SHAPES["cuda"] if tuple(map(int, (text + "x1").split("x
 END
 }
 
+# what an earlier call measured, on a machine that may be gone
+take_lora_measured() {
+    local file=$out/lora_measured.json
+    [ -e "$file" ] && ! cmp -s "$file" kernels/lora_measured.json && cp "$file" kernels/
+}
+
 # the shapes of bench/nf4_memory.py that are not there with all their parts
 nf4_sizes() {
     "$python" - "$out/nf4_memory.json" << 'END'
@@ -131,7 +137,7 @@ case $part in
             --only add_rms_norm rms_norm swiglu rope add_rms_norm_fp32_stream
         ;;
     2)
-        [ -e "$out/lora_measured.json" ] && cp "$out/lora_measured.json" kernels/
+        take_lora_measured
         limited 130 "$python" bench/kernels.py "${common[@]}" --minutes "$(minutes 130)" --only linear_cross_entropy --sweeps
         read -ra shapes <<< "$(lora_shapes)"
         [ ${#shapes[@]} -gt 0 ] && limited 70 "$python" bench/lora_paths.py --shapes "${shapes[@]}"
@@ -140,7 +146,7 @@ case $part in
             --only lora_linear norm_lora_linear nf4_dequantise nf4_linear nf4_few_rows attention token_statistics
         ;;
     3)
-        [ -e "$out/lora_measured.json" ] && cp "$out/lora_measured.json" kernels/
+        take_lora_measured
         # torch.compile of 32 layers takes minutes, so it comes last, and has a whole call for itself once the rest is there
         limited 200 "$python" bench/step.py "${common[@]}" --minutes "$(minutes 200)" --task qlora lora pretrain \
             --ways eager ours "ours augmented" peft "peft + bitsandbytes" unsloth transformers "transformers + liger"
