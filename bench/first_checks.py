@@ -1,7 +1,7 @@
 """What must work on a GPU before anything else is worth measuring? The list of gpu_first.py, worst failure first.
 
     data, base            made-up text through data_prep_tool.py; a small model of it, trained on the CPU
-    STAGE bf16            every --stage for three steps: all weights, LoRA, LoRA over 4 bits
+    STAGE bf16            every --stage for a few steps: all weights, LoRA, LoRA over 4 bits
     STAGE bf16 compiled   the losses must follow those without the compiler
     resume, generate, …   the scripts as users start them
     attention, kernel     each back end and each kernel against float64, forward and backward
@@ -18,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -41,7 +40,8 @@ from kernels.attention import ATTENTION_BACKENDS, HALF, activate, attention, doc
 from kernels.choice import choose_kernels, describe_kernels
 from training.option_groups import STAGES
 
-STEPS = 3
+STEPS = {"bf16": 3, "fp16": 8}  # the loss scaler may leave the first ones out, until its scale is found
+COMPARED = 3
 MODES = {"": "", " LoRA": "--lora", " QLoRA": "--lora --load_in_4bit"}
 DRAWS_ANSWERS = ("grpo", "ppo")  # other rounding draws other answers, so their losses are not comparable
 FOLLOWS = 0.02  # compiled and eager losses, relative: sums in another order, in bf16 (2^-8), over three steps
@@ -95,7 +95,7 @@ def stage_checks(precision: str, mode: str, compiled: bool) -> list[Check]:
         Check(
             stage_name(stage, mode, precision, compiled),
             partial(run_stage, stage=stage, mode=mode, precision=precision, compiled=compiled),
-            200 if compiled else 60,
+            150 if compiled else 60,
             needs=("data", "base"),
         )
         for stage in STAGES
@@ -177,15 +177,15 @@ def make_base(place: Place) -> Figures:
     return {"loss": losses}
 
 
-def train_run(place: Place, save_dir: Path, given: str, steps: int = STEPS, more: Sequence[str] = ()) -> Figures:
+def train_run(place: Place, save_dir: Path, given: str, steps: int = 3) -> Figures:
     """train.py in this process; {loss, grad_norm} of each step, the loss checked."""
     usual = "--batch_size 4 --learning_rate 1e-3 --warmup_steps 0 --log_interval 1 --eval_interval 0"
     words = f"{usual} --max_steps {steps} --save_dir {save_dir} {given}".split()
-    require(train.main([*words, "--sample_prompt", "", *more]) == 0, "train.py did not finish")
+    require(train.main([*words, "--sample_prompt", ""]) == 0, "train.py did not finish")
     return figures_of(save_dir, steps)
 
 
-def figures_of(save_dir: Path, steps: int = STEPS) -> Figures:
+def figures_of(save_dir: Path, steps: int) -> Figures:
     lines = (save_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row and "grad_norm" in row]
     losses = [row["loss"] for row in rows]
@@ -232,23 +232,22 @@ def share_of_a(completions: list[str], **columns: object) -> list[float]:
 
 
 def run_stage(place: Place, stage: str, mode: str, precision: str, compiled: bool) -> Figures:
-    """Three steps with finite losses; compiled, with the losses of the eager run."""
+    """A few steps with finite losses; compiled, with the losses of the eager run."""
     name = stage_name(stage, mode, precision, compiled)
     if place.tiny and compiled and name != COMPILED_IN_A_DRY_RUN:
         raise Skipped("a dry run compiles one")
     folder = place.work / name.replace(" ", "_")
     given = flags(place, stage, mode, precision) + (" --compile_model" if compiled else "")
-    found = train_run(place, folder, given)
+    found = train_run(place, folder, given, STEPS[precision])
     learned = [norm is not None and math.isfinite(norm) for norm in found["grad_norm"]]
-    # the loss scaler may need steps to find its scale
     wanted = any(learned) if precision == "fp16" else all(learned)
     require(wanted, f"gradient norms: {found['grad_norm']}")
-    require((folder / f"checkpoint_step_{STEPS}").is_dir(), "no checkpoint was saved")
-    figures = {"loss": found["loss"]}
+    require((folder / f"checkpoint_step_{STEPS[precision]}").is_dir(), "no checkpoint was saved")
+    figures: Figures = {"loss": found["loss"][:COMPARED]}
     if precision == "fp16":
         figures["steps left out"] = learned.count(False)
     if compiled and stage not in DRAWS_ANSWERS:
-        figures |= follows(found["loss"], place.rows.get(stage_name(stage, mode, precision, False), {}))
+        figures |= follows(figures["loss"], place.rows.get(stage_name(stage, mode, precision, False), {}))
     return figures
 
 

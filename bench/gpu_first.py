@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ KEPT_OUTPUT = 64 * 1024  # bytes of a check's output that go into the log
 LARGEST_LOG = 8 * 2**20  # a longer one begins anew with the next call
 DRY_RUN_PATIENCE = 4  # times the limits, for a CPU that others use too
 POLL = 0.02
+CUDA_ERROR = "CUDA error"  # in the output of a check whose traceback may name a later call than the one that failed
 PR_SET_PDEATHSIG = 1
 
 Figures = dict[str, Any]
@@ -75,6 +76,7 @@ class Check:
     alone: bool = False
     needs: tuple[str, ...] = ()
     feeds: bool = False
+    blocking: bool = False
 
 
 # --------------------------------------------------------------------------------------------------- one check's process
@@ -129,6 +131,8 @@ def start(check: Check, place: Place, limit: float, threads: int) -> Running:  #
         return Running(check, process, folder, began, began + limit)
     try:
         settle(folder, parent, limit, threads)
+        if check.blocking:
+            os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
         row = outcome(check, place)
         write_results(folder / "row.json", row, digits=6)
     except BaseException:
@@ -136,6 +140,7 @@ def start(check: Check, place: Place, limit: float, threads: int) -> Running:  #
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        ctypes.CDLL(None).fflush(None)
         os._exit(0)  # without the interpreter's goodbye, in which a broken CUDA context can hang
 
 
@@ -195,7 +200,7 @@ class Report:
         return self.rows.get(check.name, {"status": NOT_RUN})
 
     def add(self, check: Check, row: dict, output: str = "") -> None:
-        self.rows[check.name] = row
+        self.rows[check.name] = row | {"commit": self.environment.get("git_commit")}
         with (self.folder / "first.log").open("a", encoding="utf-8") as log:
             log.write(f"\n===== {line_of(check.name, row)}\n{output.rstrip()}\n")
         self.write()
@@ -215,6 +220,9 @@ class Report:
         lines = [line_of(check.name, self.row(check)) for check in self.checks]
         found = [self.row(check)["status"] for check in self.checks]
         counts = ", ".join(f"{found.count(status)} {status}" for status in (PASSED, FAILED, SKIPPED, NOT_RUN))
+        now = self.environment.get("git_commit")
+        if earlier := sum("commit" in row and row["commit"] != now for row in map(self.row, self.checks)):
+            counts += f"; {earlier} of them at another commit (--again runs them anew)"
         words = ", ".join(f"{name} {value}" for name, value in self.environment.items() if isinstance(value, str))
         seconds = time.monotonic() - self.started
         if self.environment.get("dry_run"):
@@ -284,7 +292,13 @@ def run_checks(
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def settled(check: Check, row: dict, output: str = "") -> None:
-        line.done[check.name] = row["status"]
+        if row["status"] == FAILED and CUDA_ERROR in output and not check.blocking:
+            line.pending.insert(0, replace(check, blocking=True))
+        elif check.blocking:
+            row = judged_again(report.row(check), row)
+            line.done[check.name] = FAILED
+        else:
+            line.done[check.name] = row["status"]
         report.add(check, row, output)
 
     while line.pending or line.running:
@@ -307,6 +321,14 @@ def run_checks(
                 shutil.rmtree(one.folder, ignore_errors=True)
         time.sleep(POLL)
     return int(any(report.row(check)["status"] == FAILED for check in checks))
+
+
+def judged_again(before: dict, row: dict) -> dict:
+    """The row of a check that failed with a CUDA error and then ran with every kernel waited for: failed in any case."""
+    if row["status"] in (FAILED, NOT_RUN):
+        return row if row["status"] == FAILED else before
+    words = "not with CUDA_LAUNCH_BLOCKING=1, so kernels or copies race"
+    return before | {"error": f"{before.get('error', 'failed')}; {words}"}
 
 
 def finished(one: Running, until: float) -> dict | None:

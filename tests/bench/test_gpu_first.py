@@ -168,6 +168,15 @@ def test_a_dry_run_says_nothing_about_a_gpu(tmp_path):
     assert gpu_first.kept_rows(tmp_path, {"device": "nvidia-h100", "dry_run": True}, again=False) == {}
 
 
+def test_rows_of_an_earlier_commit_are_counted(tmp_path):
+    checks = [Check("earlier", passes), Check("later", passes)]
+    Report(tmp_path, checks, {}, {**DRY, "git_commit": "a"}).add(checks[0], {"status": PASSED})
+    rows = gpu_first.kept_rows(tmp_path, DRY, again=False)
+    report = Report(tmp_path, checks, rows, {**DRY, "git_commit": "b"})
+    report.add(checks[1], {"status": PASSED})
+    assert "1 of them at another commit" in (tmp_path / "first.txt").read_text()
+
+
 def test_what_time_does_not_allow_is_left_to_the_next_call(tmp_path):
     checks = [Check("long", hangs), Check("later", passes)]
     start = time.monotonic()
@@ -191,20 +200,24 @@ def test_what_needs_a_check_that_failed_is_not_run_and_says_so(tmp_path):
 
 
 def test_checks_run_side_by_side_but_for_those_that_measure_time(tmp_path):
-    def watched(place: Place) -> dict:
-        start = time.monotonic()
-        time.sleep(0.5)
-        return {"start": start, "end": time.monotonic()}
+    def watched(seconds: float):
+        def check(place: Place) -> dict:
+            start = time.monotonic()
+            time.sleep(seconds)
+            return {"start": start, "end": time.monotonic()}
 
-    names = ["a", "b", "timed", "c", "d"]
-    _, rows, _ = run(tmp_path, [Check(name, watched, alone=name == "timed") for name in names], jobs=2)
-    spans = {name: rows[name]["figures"] for name in names}
+        return check
+
+    lengths = {"a": 0.3, "b": 1.0, "timed": 0.3, "c": 0.5, "d": 0.5}
+    checks = [Check(name, watched(seconds), alone=name == "timed") for name, seconds in lengths.items()]
+    _, rows, _ = run(tmp_path, checks, jobs=2)
+    spans = {name: rows[name]["figures"] for name in lengths}
 
     def together(one: str, other: str) -> bool:
         return max(spans[one]["start"], spans[other]["start"]) < min(spans[one]["end"], spans[other]["end"])
 
     assert together("a", "b") and together("c", "d")
-    assert not any(together("timed", name) for name in names if name != "timed")
+    assert not any(together("timed", name) for name in lengths if name != "timed")
 
 
 KILLED = """
@@ -240,6 +253,22 @@ def test_a_killed_call_leaves_readable_files_and_no_process(root, tmp_path):
     assert "  good" in (tmp_path / "first.log").read_text()
     code, rows, _ = run(tmp_path, [Check(name, passes) for name in ("good", "long", "later")])
     assert code == 0 and all(row["status"] == PASSED for row in rows.values())
+
+
+@pytest.mark.parametrize("with_waiting", [raises, passes])
+def test_a_cuda_error_is_traced_again_with_every_kernel_waited_for(with_waiting, tmp_path):
+    """So that the traceback names the kernel that failed; where nothing fails then, that is said, and it stays a failure."""
+
+    def fails_late(place: Place) -> dict:
+        if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+            return with_waiting(place)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    checks = [Check("broken", fails_late), Check("later", passes, needs=("broken",))]
+    code, rows, log = run(tmp_path, checks)
+    assert code == 1 and rows["broken"]["status"] == FAILED and rows["later"]["status"] == NOT_RUN
+    assert log.count("  broken") == 2 and "illegal memory access" in log
+    assert ("race" if with_waiting is passes else "in two lines") in rows["broken"]["error"]
 
 
 def test_long_output_is_cut_in_the_middle(tmp_path):
@@ -321,11 +350,11 @@ def test_a_loss_that_is_not_finite_or_a_step_that_is_missing_is_seen(tmp_path):
         first_checks.write_lines(tmp_path / "metrics.jsonl", [{"event": "start"}, *rows])
 
     logged(3.0, 2.0, 1.0)
-    assert first_checks.figures_of(tmp_path)["loss"] == [3.0, 2.0, 1.0]
+    assert first_checks.figures_of(tmp_path, 3)["loss"] == [3.0, 2.0, 1.0]
     for losses in ((3.0, None, 1.0), (3.0, math.nan, 1.0), (3.0, 2.0)):
         logged(*losses)
         with pytest.raises(AssertionError):
-            first_checks.figures_of(tmp_path)
+            first_checks.figures_of(tmp_path, 3)
 
 
 def test_without_a_gpu_it_says_that_a_dry_run_needs_none(tmp_path):
