@@ -36,9 +36,12 @@ from bench.cases import Draw, Operation, Prepared, Way
 from bench.gpu_first import ROOT, Check, Figures, Place, Skipped
 from bench.measure import environment, relative_error
 from bench.operations import operations
+from errors import UserError
 from kernels.attention import ATTENTION_BACKENDS, HALF, activate, attention, document_ids, document_mask, why_not
 from kernels.choice import choose_kernels, describe_kernels
+from kernels.jit import why_not_triton
 from training.option_groups import STAGES
+from training.precision import choose_precision
 
 STEPS = {"bf16": 3, "fp16": 8}  # the loss scaler may leave the first ones out, until its scale is found
 COMPARED = 3
@@ -210,7 +213,11 @@ def script(given: str, *more: object, stdin: str = "") -> subprocess.CompletedPr
 
 
 def flags(place: Place, stage: str, mode: str, precision: str) -> str:
-    """The command line of a stage."""
+    """The command line of a stage. Skipped where the device has no such precision."""
+    try:
+        choose_precision(precision, torch.device(place.device))
+    except UserError as error:
+        raise Skipped(str(error)) from error
     answers = f"--train_data {place.work}/prompts.jsonl --reward_function bench.first_checks:share_of_a"
     answers += " --max_new_tokens 8 --eval_samples 2"
     given = {
@@ -378,6 +385,8 @@ def kernel(place: Place, name: str) -> Figures:
     device = torch.device(place.device)
     if place.tiny:
         interpret_ranges()
+    if name != "attention" and (reason := why_not_triton(device)):
+        raise Skipped(reason)
     dtype = torch.float32 if place.tiny else torch.bfloat16
     operation = operations()[name]
     size = "tiny" if place.tiny else next(size for size in GPU_SIZES if size in operation.sizes)

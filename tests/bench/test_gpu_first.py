@@ -357,6 +357,18 @@ def test_a_loss_that_is_not_finite_or_a_step_that_is_missing_is_seen(tmp_path):
             first_checks.figures_of(tmp_path, 3)
 
 
+def test_a_precision_or_kernels_that_the_gpu_lacks_are_skipped_with_the_reason(place, monkeypatch):
+    def lacks_bf16(name: str, device: object) -> None:
+        raise UserError(f"this GPU has no {name}")
+
+    monkeypatch.setattr(first_checks, "choose_precision", lacks_bf16)
+    with pytest.raises(Skipped, match="no bf16"):
+        first_checks.run_stage(place, "sft", "", "bf16", compiled=False)
+    monkeypatch.setattr(first_checks, "why_not_triton", lambda device: "too old")
+    with pytest.raises(Skipped, match="too old"):
+        first_checks.kernel(place, "rope")
+
+
 def test_without_a_gpu_it_says_that_a_dry_run_needs_none(tmp_path):
     if first_checks.torch.cuda.is_available():
         pytest.skip("there is a GPU")
