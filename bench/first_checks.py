@@ -111,7 +111,7 @@ def stage_name(stage: str, mode: str, precision: str, compiled: bool) -> str:
 
 def interpret_ranges() -> None:
     """Let Triton's interpreter (3.6) loop over range(tensor) where NumPy (2.4) refuses int() of a one-element array."""
-    from triton.runtime import interpreter  # type: ignore[import-untyped]
+    from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
 

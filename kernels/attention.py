@@ -38,7 +38,8 @@ HALF = (torch.float16, torch.bfloat16)
 # 0.98 to 8 with bf16; fp16 gains more
 LOOP_FROM, LOOP_FROM_BF16 = 256, 512
 
-_TORCH_2_12 = torch.__version__ >= "2.12"  # varlen_attn learned enable_gqa and num_splits, and FA4 learned windows
+_TORCH_2_12 = torch.__version__ >= "2.12"  # varlen_attn learned enable_gqa, and FA4 learned windows
+_TORCH_2_13 = torch.__version__ >= "2.13"  # FlashAttention-2 learned num_splits, which 2.12 refuses it
 
 
 @dataclass(frozen=True)
@@ -345,8 +346,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        # one split: a document's bits then do not depend on what else is in the batch
-        extra: dict[str, Any] = {"enable_gqa": k.shape[1] != heads, "num_splits": 1} if _TORCH_2_12 else {}
+        extra: dict[str, Any] = {"enable_gqa": k.shape[1] != heads} if _TORCH_2_12 else {}
+        if _TORCH_2_13:  # one split: a document's bits then do not depend on what else is in the batch
+            extra["num_splits"] = 1
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # torches that let varlen choose prefer cuDNN, slower on a GH200
             out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=reach, **extra)
     return out.view(batch, length, heads, head_dim)

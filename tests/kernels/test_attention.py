@@ -294,12 +294,17 @@ def imitation(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size,
     return torch.cat(outputs)
 
 
-def install_imitation(kernel, monkeypatch, new_torch=True, module=kernels.attention):
+def install_imitation(kernel, monkeypatch, version="2.13", module=kernels.attention):
     def torch_2_11(*args, return_aux=None, scale=None, window_size=(-1, -1)):
         assert not torch.backends.cuda.cudnn_sdp_enabled()  # a torch that chooses would not choose cuDNN
         return imitation(*args, window_size=window_size, causal=False)
 
     def torch_2_12(*args, enable_gqa=False, num_splits=None, **settings):
+        if num_splits is not None:
+            raise RuntimeError("num_splits requires FA3. Register FA3 to set num_splits.")  # as it says
+        return torch_2_13(*args, enable_gqa=enable_gqa, num_splits=1, **settings)
+
+    def torch_2_13(*args, enable_gqa=False, num_splits=None, **settings):
         assert enable_gqa == (args[0].shape[1] != args[1].shape[1]) and num_splits == 1
         return torch_2_11(*args, **settings)
 
@@ -310,14 +315,18 @@ def install_imitation(kernel, monkeypatch, new_torch=True, module=kernels.attent
     if kernel == "flash-attn":
         monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=package))
     else:
-        monkeypatch.setattr(module, "_TORCH_2_12", new_torch)
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12 if new_torch else torch_2_11)
+        monkeypatch.setattr(module, "_TORCH_2_12", version >= "2.12")
+        monkeypatch.setattr(module, "_TORCH_2_13", version >= "2.13")
+        kernels_of = {"2.11": torch_2_11, "2.12": torch_2_12, "2.13": torch_2_13}
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernels_of[version])
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize(("kernel", "new_torch"), [("varlen", False), ("varlen", True), ("flash-attn", True)])
-def test_varlen_kernels_are_called_as_they_document(kernel, new_torch, window, monkeypatch):
-    install_imitation(kernel, monkeypatch, new_torch)
+@pytest.mark.parametrize(
+    ("kernel", "version"), [("varlen", "2.11"), ("varlen", "2.12"), ("varlen", "2.13"), ("flash-attn", "2.13")]
+)
+def test_varlen_kernels_are_called_as_they_document(kernel, version, window, monkeypatch):
+    install_imitation(kernel, monkeypatch, version)
     inputs = make(4, 2)
     compare(attention(*inputs, mask=packed_mask(kernel, window)), by_hand(*inputs, past(window, packed=True)), inputs)
     rows = attention(*inputs, mask=AttentionMask(kernel, window=window))  # rows without documents
