@@ -1,5 +1,6 @@
 """What do the measurements say? Lines for the terminal, the targets met and missed, the table and plots of the docs."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from bench.operations import operations
 from errors import UserError
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+WIDTH = 100  # characters of a line of the page
 DIRECTIONS = ("forward", "backward", "both")
 # the first word of each provider's name, in the order of tables and legends
 PROVIDERS = (
@@ -178,20 +180,20 @@ def device_table(results: dict, steps: dict) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     yield f"### {environment.get('device_name', environment['device'])}"
     yield ""
-    yield f"{versions}" + (f", driver {environment['driver']}" if environment.get("driver") else "") + "."
-    yield (
+    driver = f", driver {environment['driver']}" if environment.get("driver") else ""
+    sentences = [
+        f"{versions}{driver}.",
         f"Ceilings: {ceilings['copy_gb_s']:.0f} GB/s (copy of {ceilings['copied']}), "
-        f"{ceilings['product_tflop_s']:.1f} TFLOP/s (product {ceilings['multiplied']})."
-    )
-    yield (
-        "Times are the device's, by CUDA-graph replay (with *, by events, where a provider cannot be captured; on a CPU, by "
-        "the wall clock); in brackets the share of the ceiling. Wall is the same call from Python in eager mode. Error is "
-        "the largest relative one of outputs and gradients against float64."
-    )
+        f"{ceilings['product_tflop_s']:.1f} TFLOP/s (product {ceilings['multiplied']}).",
+        "Times are the device's, by CUDA-graph replay. With * they are by events, where a provider cannot be captured. "
+        "On a CPU they are by the wall clock. In brackets: the share of the ceiling.",
+        "Wall is the same call from Python in eager mode.",
+        "Error is the largest relative one of outputs and gradients against float64.",
+    ]
     if "sdpa" in environment:
-        yield (
-            "SDPA takes " + ", ".join(f"{name} (heads of {width})" for width, name in environment["sdpa"].items()) + "."
-        )
+        taken = ", ".join(f"{name} (heads of {width})" for width, name in environment["sdpa"].items())
+        sentences.append(f"SDPA takes {taken}.")
+    yield textwrap.fill(" ".join(sentences), WIDTH, break_long_words=False, break_on_hyphens=False)
     for operation, sizes in in_order(results):
         yield from ["", f"**{operation}**", ""]
         yield "| size | provider | forward | backward | both | wall, both | peak | error |"
@@ -245,7 +247,7 @@ def _cells(row: dict) -> list[str]:
 
 
 def _short(reason: str) -> str:
-    return reason.replace("|", "/") if len(reason) < 80 else reason.replace("|", "/")[:79] + "…"
+    return textwrap.shorten(reason.replace("|", "/"), 40, placeholder=" …")
 
 
 def _mebibytes(row: dict) -> str:

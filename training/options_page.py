@@ -15,8 +15,19 @@ _HEAD = """# Every option of a run
 python train.py --help
 ```
 
-shows the flags of a first run. `--help GROUP` shows one of the groups below, `--help all` shows
-all. Each option is a flag of `train.py` and of `utils.py plan`, and a key of `--config` files. A
+```text
+usage: train.py [flags]
+…
+the flags of a first run:
+  -h [GROUP], --help [GROUP]  show this help, or that of a group, and leave;
+                              groups: stage, data, examples, adapters, …
+…
+```
+
+This shows the flags of a first run. `--help GROUP` shows one of the groups below. `--help all`
+shows all.
+
+Each option is a flag of `train.py` and of `utils.py plan`, and a key of `--config` files. A
 yes-or-no option is switched off by `--no-` before its name. An option that a run would not read is
 refused.
 
