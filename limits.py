@@ -31,31 +31,37 @@ def call_within(seconds: float, function: Callable[[], T]) -> T:
     while one call into C (a sleep, a read from the network) is only stopped when it comes back.
     """
     caller = ctypes.c_ulong(threading.get_ident())
-    lock, over, interrupted = threading.Lock(), threading.Event(), threading.Event()
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    # locks, and no Events, while something may be raised: between two bytecodes of an Event it would leave that locked
+    raising, begun, ended = threading.Lock(), threading.Lock(), threading.Event()
+    over = interrupted = False
 
     def watch() -> None:
+        nonlocal interrupted
+        begun.acquire()
         pause = seconds
-        while not over.wait(pause):
-            with lock:
-                if not over.is_set():
-                    interrupted.set()
+        while not ended.wait(pause):
+            with raising:
+                if not over:
+                    interrupted = True
                     raise_in(caller, ctypes.py_object(_TimeUp))
             pause = 1.0
 
+    begun.acquire()
     threading.Thread(target=watch, daemon=True).start()
     try:
         try:
+            begun.release()
             result = function()
         finally:
-            with lock:  # from here on nothing more is raised, and what is pending is forgotten
-                over.set()
-                if interrupted.is_set():
-                    raise_in(caller, None)
+            over = True  # from here on nothing more is raised
+            with raising:  # unless the watching thread was about to: what is pending is forgotten
+                raise_in(caller, None)
     except _TimeUp:
-        over.set()
-    if interrupted.is_set():
-        raise_in(caller, None)
+        pass
+    finally:
+        ended.set()
+    if interrupted:
         raise CallTimeout
     return result
 

@@ -9,6 +9,7 @@ import pytest
 
 from finetune_data.chat_template import ChatTemplate, EndlessTemplateError
 from finetune_data.examples import Message
+from limits import CallTimeout, call_within
 
 TALK = [Message("user", "Hi"), Message("assistant", "Hello")]
 ENDLESS = {
@@ -56,3 +57,32 @@ def test_it_works_in_a_thread_and_leaves_the_process_as_it_was():
     thread.join(30)
     assert found and resource.getrlimit(resource.RLIMIT_AS) == before
     assert "Hello" in ChatTemplate("chatml", "{{ messages[1].content }}").render(TALK)
+
+
+def test_a_call_that_ends_as_its_time_does_ends_one_way_or_the_other():
+    """The watching thread's exception may come between any two bytecodes: it neither escapes nor leaves a lock locked."""
+    ended = {"done": 0, "stopped": 0}
+
+    def call_for(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    def try_often() -> None:
+        for number in range(500):
+            try:
+                call_within(0.001, lambda number=number: call_for(0.0007 + number % 7 * 0.0001))
+                ended["done"] += 1
+            except CallTimeout:
+                ended["stopped"] += 1
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns often, so that it comes at many places
+    try:
+        thread = threading.Thread(target=try_often, daemon=True)
+        thread.start()
+        thread.join(60)
+    finally:
+        sys.setswitchinterval(usual)
+    assert sum(ended.values()) == 500, ended
+    assert ended["stopped"] > 0, "no call was stopped: the test tries nothing"
