@@ -27,3 +27,12 @@ def test_a_page_begins_with_a_command_and_what_it_prints(page):
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_lines_that_kernels_md_names_are_there():
+    """`file:line` `text of it`: the list of what nothing without a GPU reaches."""
+    named = re.findall(r"`([\w/]+\.py):(\d+)`\s`([^`]+)`", (ROOT / "docs/kernels.md").read_text(encoding="utf-8"))
+    assert len(named) >= 10
+    for path, number, text in named:
+        line = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+        assert text in line, f"docs/kernels.md: {path}:{number} is {line.strip()}"

@@ -324,3 +324,27 @@ def test_the_presets_are_the_documented_table(size):
 )
 def test_mixed_precision_alone_means_auto(words, precision):
     assert resolve_config(given(f"--data_dir x {words}"))[0].mixed_precision == precision
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "--data_dir is missing"),
+        ("--data_dir data --train_data a.jsonl", "--train_data is for fine-tuning"),
+        ("--stage sft --train_data a.jsonl", "--init_from is missing: --stage sft"),
+        ("--stage sft --init_from base", "--train_data is missing"),
+        ("--stage sft --init_from base --data_dir data --train_data a.jsonl", "leave one of them out"),
+        ("--stage sft --init_from base --data_dir data --add_chat_tokens", "--add_chat_tokens needs --train_data"),
+        ("--stage ppo --init_from base --data_dir data", "--data_dir is not for --stage ppo"),
+        ("--stage grpo --init_from base --train_data a.jsonl", "--reward_function or --reward_model"),
+        (PPO + " --reward_weights 1 2", "--reward_weights has 2 values for 1 rewards"),
+        (REWARD + " --sample_prompt Hello", "the model gives scores, not text"),
+        ("--data_dir data --lora", "--lora needs a model to adapt"),
+        (SFT + " --dora", "add --lora"),
+        (SFT + " --rename_columns question", "write column=meaning"),
+    ],
+)
+def test_a_run_that_cannot_start_says_what_is_missing(words, sentence):
+    with pytest.raises(UserError) as caught:
+        resolve_config(parse(*words.split()))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)

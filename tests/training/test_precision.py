@@ -53,3 +53,21 @@ def test_a_device_that_is_not_here_is_one_sentence():
     with pytest.raises(UserError, match="--device cuda"):
         choose_device("cuda")
     assert choose_device("auto") == CPU or choose_device("auto").type == "mps"
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "dtype"),
+    [
+        ((7, 5), "auto", torch.float16), ((8, 0), "auto", torch.bfloat16), ((9, 0), "fp16", torch.float16),
+        ((7, 5), "none", torch.float32),
+    ],
+)  # fmt: skip
+def test_a_gpu_computes_in_what_it_is_good_at(capability, asked, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_precision(asked, torch.device("cuda")).dtype == dtype
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(UserError, match="use fp16"):
+        choose_precision("bf16", torch.device("cuda"))
