@@ -1,7 +1,5 @@
-"""How do tests run train.py in a process that they can kill? A fork of the test process, which has imported torch: seconds
-less than a new interpreter."""
+"""How do tests run train.py in a process that they can kill, and that starts at once?"""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -10,12 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch._dynamo  # DDP imports it, as the last evaluation does the plots: each fork would spend seconds on them
-
 import train
-import training.plots  # noqa: F401
 from errors import run_script
+from tests.processes import new_process
 
 
 @dataclass
@@ -28,25 +23,13 @@ class Ended:
 
 
 class Forked:
-    """`train.py WORDS` in a forked process, with its output in files."""
+    """`train.py WORDS` in a process of its own, with its output in files."""
 
     def __init__(self, folder: Path, words: list[object], **environment: str):
         folder.mkdir(exist_ok=True)
         self._streams = folder / "stdout", folder / "stderr"
-        context = multiprocessing.get_context("fork")
-        self._process = context.Process(
-            target=self._run, args=([str(word) for word in words], environment), daemon=True
-        )
+        self._process = new_process(_run, self._streams, [str(word) for word in words], environment)
         self._process.start()
-
-    def _run(self, words: list[str], environment: dict[str, str]) -> None:
-        sys.stdout, sys.stderr = (open(path, "w", buffering=1) for path in self._streams)  # noqa: SIM115
-        os.dup2(sys.stderr.fileno(), 2)  # to which a signal handler writes
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        os.environ.update(environment)
-        torch.set_num_threads(1)
-        run_script(lambda: train.main(words))
 
     def send(self, number: int) -> None:
         os.kill(self._process.pid, number)
@@ -59,6 +42,15 @@ class Forked:
         assert self._process.exitcode is not None, "the run hangs"
         code = self._process.exitcode
         return Ended(code, *(path.read_text() for path in self._streams))
+
+
+def _run(streams: tuple[Path, Path], words: list[str], environment: dict[str, str]) -> None:
+    sys.stdout, sys.stderr = (open(path, "w", buffering=1) for path in streams)  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)  # to which a signal handler writes
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    os.environ.update(environment)
+    run_script(lambda: train.main(words))
 
 
 def start_ranks(folder: Path, *words: object, world_size: int = 2) -> list[Forked]:
