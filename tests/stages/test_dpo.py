@@ -32,7 +32,7 @@ from training.examples_data import ExampleData
 from training.precision import choose_precision
 
 BETA, GAMMA = 0.3, 0.4
-REFERENCE_SEED, NEARER = 14, 8  # references from which the model's KL estimate is above 0, and below
+REFERENCE_SEED = 14
 SETTINGS = {"max_length": MAX_LENGTH, "micro_batch_size": 4, "ranks": Ranks(0, 1, CPU),
             "precision": choose_precision("none", CPU)}  # fmt: skip
 
@@ -283,21 +283,29 @@ def a_kto_stage(groups, model, **feed) -> KTO:
     return KTO(a_feed(groups, **feed), model, BETA, desirable_weight=1.3, undesirable_weight=0.6)
 
 
-@pytest.mark.parametrize("seed", [REFERENCE_SEED, NEARER])
-def test_kto_packed_is_the_papers_formula_of_answers_alone(seed):
+@pytest.mark.parametrize("above", [True, False])
+def test_kto_packed_is_the_papers_formula_of_answers_alone(above):
     """In float64 to 1e-5; a KL below 0 counts as 0; the reported figures are means over the answers of their kind."""
     groups = with_mismatches(labelled_examples(4, shortest=6), MAX_LENGTH)
-    model, reference = a_model(), a_model(seed)
+    model = a_model()
+    for seed in range(
+        4, 40
+    ):  # versions of torch draw other weights: the first reference on the wanted side of the model
+        reference = a_model(seed)
+        ratios = np.array(
+            [[(answer_logprob(model, s) - answer_logprob(reference, s)).item() for s in g] for g in groups]
+        )
+        if (ratios[:, 1].mean() > 0) == above:
+            break
     stage = a_kto_stage(referenced(groups, reference), model)
     (batch,) = next(stage.batches(0))
     assert len(batch.input_ids) < 4
     loss, metrics = stage.loss(model, batch)
-    ratios = np.array([[(answer_logprob(model, s) - answer_logprob(reference, s)).item() for s in g] for g in groups])
     label = np.array([answer.columns["label"] for answer, _ in groups])
     kl = max(0.0, ratios[:, 1].mean())
     values = 1 - 1 / (1 + np.exp(-np.where(label > 0, 1, -1) * BETA * (ratios[:, 0] - kl)))
     expected = np.where(label > 0, 1.3, 0.6) * values
-    assert batch.weight == 4 and (kl > 0) == (seed == REFERENCE_SEED)
+    assert batch.weight == 4 and (kl > 0) == above
     assert math.isclose(loss.item(), expected.sum(), rel_tol=1e-5)
     means = {name: (total / weight).item() if weight else 0 for name, (total, weight) in metrics.items()}
     assert math.isclose(means["kl"], kl, rel_tol=1e-5)

@@ -286,13 +286,24 @@ def test_micro_batches_and_ranks_only_divide(loss_type):
     """4 rows at once = 2 = 1 = two and three ranks (one of which gets no answer that is learned from, once masked):
     the same answers, loss, metrics and gradient to 1e-5 of its size, with minibatches, KL and masked answers."""
 
+    def begin(ranks, seed, micro_batch_size=4):
+        model = a_model()
+        return a_stage(
+            model, ranks, loss_type=loss_type, kl_coefficient=0.1, reference=copy.deepcopy(model), mask_truncated=True,
+            schedule=RolloutSchedule(batch_size=1, minibatches=3, epochs=1, seed=seed), micro_batch_size=micro_batch_size,
+        )  # fmt: skip
+
+    def has_answers(seed):
+        steps = begin(ALONE, seed).batches(0)
+        return all(sum(batch.weight for batch in next(steps)) for _ in range(2))
+
+    # versions of torch draw other weights, and so other answers: the first seed whose answers end in both steps
+    seed = next(seed for seed in range(22, 60) if has_answers(seed))
+
     def step(rank, world_size, micro_batch_size=4):
         ranks = Ranks(rank, world_size, CPU)
-        model = a_model()
-        stage = a_stage(
-            model, ranks, loss_type=loss_type, kl_coefficient=0.1, reference=copy.deepcopy(model), mask_truncated=True,
-            schedule=RolloutSchedule(batch_size=1, minibatches=3, epochs=1, seed=22), micro_batch_size=micro_batch_size,
-        )  # fmt: skip
+        stage = begin(ranks, seed, micro_batch_size)
+        model = stage.model
         wrapped = prepare_model(model, ranks, compile_model=False)
         steps = stage.batches(0)
         results = [loss_and_gradient(stage, wrapped, next(steps), ranks)]

@@ -156,7 +156,7 @@ def test_advantages_and_returns_follow_the_papers(kind, whiten_rewards):
         delta = reward + discount * np.append(value[1:], 0.0) - value
         advantages.append(decayed_sums(delta, discount * trace))
     flat = np.concatenate(advantages)
-    assert abs(flat.mean()) > 0.05  # leaving it in would be seen
+    assert abs(flat.mean()) > 0.01  # leaving it in would be seen: a hundred times the bound
     assert len(found) == len(kept)
     for row, sequence in enumerate(found):
         assert np.array_equal(sequence["tokens"], kept[row].tokens)
