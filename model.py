@@ -3,8 +3,8 @@
     config → norm, attention, MLP, block → Transformer → key-value cache → loading → counting
 
 It is Llama (Touvron et al. 2023; Grattafiori et al. 2024): RoPE, RMSNorm before each sub-layer, SwiGLU, grouped
-queries, no biases. With `qk_norm` it is Qwen3. Fields, module names and the RoPE layout are Hugging Face's, so a
-checkpoint is a Hugging Face folder with nothing to convert.
+queries, no biases. With `qk_norm` it is Qwen3, with `sliding_window` Mistral; families/ says how each one's folder is
+written. Fields, module names and the RoPE layout are Hugging Face's, so a checkpoint is a folder with nothing to convert.
 
 Letters in shape comments: B rows, T tokens of a row, S keys, H hidden size, A query heads, K key-value heads,
 D head size, F MLP size, V vocabulary, L layers.
@@ -24,32 +24,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import UserError
+from families.common import INIT_STD, REQUIRED
+from families.names import read_config, write_config
 from kernels.attention import AttentionMask, attention, causal_mask, document_mask, document_positions
 from kernels.choice import KernelChoice
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
-from kernels.rotary import STRETCHED_FROM, checked_scaling, rotary_tables
+from kernels.rotary import checked_scaling, rotary_tables
 from kernels.swiglu import swiglu
 from paths import inside
 
 # --------------------------------------------------------------------------------------------------------------- config
-
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# what each family's reader assumes where config.json is silent (transformers 4 and 5)
-_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-}
-# fields of config.json that change what is computed, and the only value of each that this model computes
-_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1,
-    "quantization_config": None,
-}
 
 _DERIVED: Any = None  # a field's default that __post_init__ replaces by what follows from the others
 
@@ -64,7 +49,9 @@ class ModelConfig:
 
     num_key_value_heads defaults to num_attention_heads, head_dim to hidden_size / num_attention_heads.
     rope_scaling: None, or {"rope_type": "linear" | "llama3" | "yarn", "factor": …, …} with transformers' keys.
-    qk_norm: an RMSNorm on each query and key head before RoPE, as in Qwen3. Raises UserError on an impossible shape.
+    qk_norm: an RMSNorm on each query and key head before RoPE, as in Qwen3. sliding_window: how many tokens one sees at
+    most, itself included, as in Mistral; None: all before it. family: whose folder the model is saved as, by default the
+    first one that has its parts. Raises UserError on an impossible shape.
     """
 
     vocab_size: int
@@ -80,18 +67,24 @@ class ModelConfig:
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
+    family: str = _DERIVED
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self):
+        if _not_given(self.family):
+            self.family = "qwen3" if self.qk_norm else "llama" if self.sliding_window is None else "mistral"
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UserError(f"sliding_window is {self.sliding_window}; it must be at least 1, or null")
         if _not_given(self.num_key_value_heads):
             self.num_key_value_heads = self.num_attention_heads
-        for name in (*_REQUIRED, "num_key_value_heads"):
+        for name in (*REQUIRED, "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        # transformers' LlamaConfig insists on this even where head_dim is given; its Qwen3Config does not
-        if self.hidden_size % self.num_attention_heads and (_not_given(self.head_dim) or not self.qk_norm):
+        # transformers' LlamaConfig insists on this even where head_dim is given; the others do not
+        if self.hidden_size % self.num_attention_heads and (_not_given(self.head_dim) or self.family == "llama"):
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
                 "change one of them"
@@ -109,89 +102,13 @@ class ModelConfig:
             self.rope_scaling = checked_scaling(self.rope_scaling, self.max_position_embeddings)
 
     def to_hf(self, dtype: torch.dtype = torch.float32) -> dict:
-        """The contents of config.json. `dtype` is that of the saved weights.
-
-        Every field is explicit and the renamed ones are there under both names, because readers differ in what they
-        assume: without a top-level rope_theta transformers 4 silently takes 10000, without rope_parameters version 5
-        would have to guess, and mlx-lm ties the embeddings of a config that does not say.
-        """
-        dtype_name = str(dtype).removeprefix("torch.")
-        config = {
-            "architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
-            "model_type": "qwen3" if self.qk_norm else "llama",
-            **asdict(self),
-            "rope_parameters": {**(self.rope_scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta},
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "attention_dropout": 0.0,
-            "initializer_range": _INIT_STD,
-            "use_cache": True,
-            "dtype": dtype_name,
-            "torch_dtype": dtype_name,
-        }
-        del config["qk_norm"]  # model_type says it
-        if self.qk_norm:
-            del config["mlp_bias"]  # Qwen3 has no such field
-            config |= {"use_sliding_window": False, "sliding_window": None}
-        return config
+        """The contents of config.json, as the family has them. `dtype` is that of the saved weights."""
+        return write_config(asdict(self), str(dtype).removeprefix("torch."))
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
-        """Read a Llama or Qwen3 config.json, as transformers 4 or 5 writes it.
-
-        Raises UserError, naming the field, for anything this model would compute differently (biases, another
-        activation, dropout, a sliding window, another RoPE, quantized weights) and for contradictions.
-        """
-        family = config.get("model_type")
-        if family not in _FAMILY_DEFAULTS:
-            raise UserError(f'config.json: model_type is "{family}"; only "llama" and "qwen3" can be loaded')
-        for name in _REQUIRED:
-            if not isinstance(config.get(name), int):
-                raise UserError(f"config.json: {name} is missing or not a whole number")
-        for name, value in _FIXED.items():
-            if config.get(name, value) != value and config[name] is not None:
-                raise UserError(f"config.json: {name} is {config[name]!r}; only {value!r} can be loaded")
-        if any(kind != "full_attention" for kind in config.get("layer_types") or []):
-            raise UserError("config.json: layer_types has layers other than full_attention, which cannot be loaded")
-        # transformers: Qwen3's head_dim must be a number, and a null rope_theta is taken for no number at all
-        for name in ("rope_theta", *(["head_dim"] if family == "qwen3" else [])):
-            if config.get(name, 0) is None and not (name == "rope_theta" and config.get("rope_parameters")):
-                raise UserError(f"config.json: {name} is null; give it a number, or leave the field out")
-        theta, scaling = _rope_from_hf(config)
-        given: dict[str, Any] = dict(_FAMILY_DEFAULTS[family])
-        given |= {name: config[name] for name in config if name in cls.__annotations__}
-        given |= {"rope_theta": theta, "rope_scaling": scaling, "qk_norm": family == "qwen3"}
-        given.setdefault("rms_norm_eps", 1e-6)
-        return cls(**given)
-
-
-def _rope_from_hf(config: dict) -> tuple[float, dict | None]:
-    """(theta, rope_scaling) from version 4's rope_theta and rope_scaling or version 5's rope_parameters."""
-    sources = [config.get("rope_scaling") or {}, config.get("rope_parameters") or {}]
-    if any(isinstance(value, dict) for source in sources for value in source.values()):
-        raise UserError("config.json: rope_parameters differ from layer to layer, which cannot be loaded")
-    theta = _agreed(config, sources, "rope_theta")
-    original = _agreed(config, sources, "original_max_position_embeddings")
-    scaling = dict(sources[0] or sources[1])  # the order of precedence of transformers 5
-    kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
-    scaling.pop("type", None)  # the name before transformers 4.43
-    for name in ("rope_theta", "original_max_position_embeddings"):
-        scaling.pop(name, None)
-    if _agreed(config, sources, "partial_rotary_factor") not in (None, 1.0):
-        raise UserError("config.json: partial_rotary_factor is not 1, which cannot be loaded")
-    scaling.pop("partial_rotary_factor", None)
-    if original is not None and kind in STRETCHED_FROM:
-        scaling["original_max_position_embeddings"] = original
-    return 10000.0 if theta is None else float(theta), None if kind == "default" else {"rope_type": kind, **scaling}
-
-
-def _agreed(config: dict, sources: list[dict], name: str) -> float | None:
-    """The value that config.json gives a field of the rotary embedding, at its top or in one of the `sources`."""
-    found = {source[name] for source in (config, *sources) if source.get(name) is not None}
-    if len(found) > 1:
-        raise UserError(f"config.json: {name} is given as {' and as '.join(map(str, sorted(found)))}; correct one")
-    return found.pop() if found else None
+        """Read a config.json of one of families/, as transformers 4 or 5 writes it. Raises UserError, naming the field."""
+        return cls(**read_config(config))
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -299,7 +216,6 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- transformer
 
 _PLAIN = KernelChoice()
-_INIT_STD = 0.02
 _CUT = 3.0  # standard deviations
 
 
@@ -358,7 +274,9 @@ class Transformer(nn.Module):
         batch, length = input_ids.shape
         x = self.model.embed_tokens(input_ids)  # (B, T, H)
         past = 0 if cache is None else cache.length
-        computed_in: dict[str, Any] = {"dtype": _compute_dtype(x), "backend": self.kernels.attention}
+        computed_in: dict[str, Any] = {
+            "dtype": _compute_dtype(x), "backend": self.kernels.attention, "window": self.config.sliding_window,
+        }  # fmt: skip
         if cu_seqlens is None:
             mask = causal_mask(length, past + length, x.device, **computed_in)
         else:
@@ -392,13 +310,13 @@ class Transformer(nn.Module):
         0.02/√(2L) (GPT-2), and an untied head std 1/√H (torchtitan, OLMo).
         num_real_tokens: ids from there on pad the vocabulary; their rows in the embedding and the head are zero.
         """
-        residual_std = 0.0 if zero_residual else _INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
+        residual_std = 0.0 if zero_residual else INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
         head_std = 0.001 if zero_residual else self.config.hidden_size**-0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            std = _INIT_STD
+            std = INIT_STD
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std = residual_std
             elif name == "lm_head.weight":
@@ -569,11 +487,13 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     N: the weights in matrix products, that is all matrices of the layers and the head (tied or not), not the embedding
     look-up. Two per weight forward, four backward. 12 L A D T: scores and weighted values over T keys. It is the
     convention of PaLM (Chowdhery et al. 2022, appendix B), nanoGPT and torchtitan: causality, which lets kernels skip
-    half of the second term, and document masks are not deducted; recomputed activations are not added.
+    half of the second term, and document masks are not deducted; recomputed activations are not added. A sliding window
+    is: no token is ever compared with more keys than it holds.
     """
     matrices = _layer_matrices(config) + config.vocab_size * config.hidden_size
     attention_width = config.num_attention_heads * config.head_dim
-    return 6.0 * matrices + 12.0 * config.num_hidden_layers * attention_width * seq_len
+    keys = min(seq_len, config.sliding_window or seq_len)
+    return 6.0 * matrices + 12.0 * config.num_hidden_layers * attention_width * keys
 
 
 def _layer_matrices(config: ModelConfig) -> int:

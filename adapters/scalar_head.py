@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from checkpointing.load import load_model
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
+from families.names import FAMILIES
 from finetune_data.chat_template import SHIPPED, ChatTemplate, load_chat_template
 from kernels.choice import KernelChoice
 from model import ModelConfig, Transformer, load_pretrained, read_json
@@ -40,9 +41,8 @@ class RewardConfig(ModelConfig):
 
     def to_hf(self, dtype: torch.dtype = torch.float32) -> dict:
         """The contents of config.json."""
-        family = "Qwen3" if self.qk_norm else "Llama"
         return super().to_hf(dtype) | {
-            "architectures": [f"{family}ForSequenceClassification"],
+            "architectures": [f"{FAMILIES[self.family].CLASS}ForSequenceClassification"],
             "id2label": {"0": "LABEL_0"},  # num_labels is read off these
             "label2id": {"LABEL_0": 0},
         }

@@ -13,6 +13,7 @@ LAYERS = [
     {"errors"},
     {"arguments", "paths", "limits", "ranks"},
     {"kernels"},
+    {"families"},
     {"model"},
     {"dataprep", "checkpointing"},
     {"batches"},

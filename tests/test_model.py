@@ -1,4 +1,4 @@
-"""Is it Llama and Qwen3, number for number, packed or not, cached or not, and does it say what it cannot load?"""
+"""Is it Llama, Qwen3 and Mistral, number for number, packed or not, cached or not, and does it say what it cannot load?"""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
+from generation.sampling import generate
 from kernels.choice import OPERATIONS, KernelChoice
 from kernels.jit import why_not_triton
 from kernels.rotary import rotary_tables
@@ -47,6 +48,12 @@ VARIANTS = {
     },
     "qwen3": {"qk_norm": True, "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 1e6},
     "qwen3_tied": {"qk_norm": True, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7, "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 1e6},
+    "mistral_wide": {"sliding_window": 500, "num_key_value_heads": 2},  # wider than the text
+    "mistral_open": {
+        "family": "mistral",
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },  # version 0.3 has none
 }
 VOCAB, LENGTH = 199, 150
 
@@ -117,8 +124,9 @@ def test_a_folder_saved_by_transformers_loads(name, transformers, tmp_path):
         assert torch.equal(found, wanted), name
 
 
-def test_gradients_equal_those_of_transformers(transformers, tmp_path):
-    model = random_model(num_key_value_heads=2)
+@pytest.mark.parametrize("name", ["gqa", "qwen3", "mistral"])
+def test_gradients_equal_those_of_transformers(name, transformers, tmp_path):
+    model = random_model(**VARIANTS[name])
     peer = transformers.AutoModelForCausalLM.from_pretrained(write_folder(tmp_path / "ours", model))
     ids = random_ids()
     F.cross_entropy(model.logits(model(ids))[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -151,7 +159,7 @@ def test_version_4_and_version_5_configs_are_read_alike():
     assert ModelConfig.from_hf(oldest).rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_what_a_config_leaves_out_is_what_transformers_assumes(family, transformers):
     given = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     given |= {"num_attention_heads": 32, "model_type": family}
@@ -160,12 +168,21 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family, transform
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
+    assert ours.sliding_window == (theirs.sliding_window if family == "mistral" else None)
+
+
+def test_a_window_that_a_family_does_not_read_is_none():
+    """transformers' Llama ignores the field, and Qwen3 as long as use_sliding_window is false."""
+    for changes in ({}, {"qk_norm": True}):
+        written = config(**changes).to_hf() | {"sliding_window": 16}
+        assert ModelConfig.from_hf(written).sliding_window is None
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "gemma2"}, "only llama, qwen3, mistral can be loaded"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -242,7 +259,7 @@ def test_a_damaged_folder_is_refused_by_name(damage, named, tmp_path):
 # --------------------------------------------------------------------------------------------------- packing, precision
 
 
-@pytest.mark.parametrize("name", ["gqa", "qwen3", "yarn"])
+@pytest.mark.parametrize("name", ["gqa", "qwen3", "yarn", "mistral"])
 def test_packed_documents_equal_the_documents_alone(name):
     """Forward and gradients, to 1e-5 (fp32 sums in another order). Two rows, five documents, one a single token."""
     model = random_model(**VARIANTS[name])
@@ -351,7 +368,7 @@ def test_the_model_on_triton_kernels_equals_the_model_in_float64(half, compiled)
 
 
 @pytest.mark.parametrize("chunks", [[12], [5, 7], [1] * 12])
-@pytest.mark.parametrize("name", ["gqa", "llama3", "qwen3"])
+@pytest.mark.parametrize("name", ["gqa", "llama3", "qwen3", "mistral"])
 def test_cached_generation_equals_the_uncached(name, chunks):
     """Prefill in one or several pieces, then token by token: the same greedy tokens, logits to 1e-5."""
     model, prompt = random_model(**VARIANTS[name]), random_ids(batch=3, length=12)
@@ -370,6 +387,15 @@ def test_cached_generation_equals_the_uncached(name, chunks):
         assert cache.length == 40
         with pytest.raises(ValueError, match="the cache holds 40 tokens; 41 are needed"):
             model(token, cache=cache)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_greedy_generation_is_that_of_transformers(name, transformers, tmp_path):
+    """Token for token, with either one's cache, far beyond a window."""
+    model, prompt = random_model(**VARIANTS[name]), random_ids(length=12)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(write_folder(tmp_path / "ours", model))
+    wanted = peer.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    assert torch.equal(generate(model, prompt, max_new_tokens=40, temperature=0.0), wanted)
 
 
 def test_shortening_the_cache_forgets():
@@ -467,3 +493,5 @@ def test_flops_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.logits(model(ids)).sum().backward()
     assert counter.get_total_flops() == 64 * flops_per_token(model.config, 64)
+    windowed = config(sliding_window=16)  # no token meets more keys than its window holds
+    assert flops_per_token(windowed, 64) == flops_per_token(config(), 16) < flops_per_token(config(), 64)

@@ -50,7 +50,7 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         "--checkpoint",
         metavar="DIR",
         required=True,
-        help="a checkpoint, a run's folder (its newest whole checkpoint), or any Hugging Face Llama or Qwen3 folder",
+        help="a checkpoint, a run's folder (its newest whole checkpoint), or any folder of a family in docs/families.md",
     )
     add("--temperature", type=float, default=0.8, help="below 1 likely tokens become likelier; 0 takes the likeliest")
     add("--top_k", type=int, default=50, help="draw from this many of the likeliest tokens only; 0 from all")

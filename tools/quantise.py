@@ -20,7 +20,12 @@ _FURTHER = (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", metavar="DIR", required=True, help="a Hugging Face Llama or Qwen3 folder, a checkpoint or a run")
+    add(
+        "--model",
+        metavar="DIR",
+        required=True,
+        help="a folder of a family in docs/families.md, a checkpoint or a run",
+    )
     add("--output", metavar="DIR", required=True, help="the new folder; it must not exist")
 
 
