@@ -76,8 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         exit_code = run_plan(stages, given, first_look, ranks, run_stage)
     else:
         finished, stop = run_stage(given, ranks)
-        received = stop.agreed(ranks)
-        exit_code = 0 if finished or received is None else 128 + received
+        exit_code = 0 if finished else 128 + stop.received_by_any(ranks)
     stop_ranks(ranks, exit_code)
     return exit_code
 
@@ -99,10 +98,9 @@ def run_stage(
             loop(run, stop)
         finished = run.step >= run.config.max_steps
         if run.step > start_step:
-            received = stop.agreed(ranks)
             event, words = ("finish", "finished")
-            if received and not finished:
-                event, words = ("stop", f"stopped by {received.name}")
+            if not finished:
+                event, words = ("stop", f"stopped by {stop.received_by_any(ranks).name}")
             advice = next_command(run.config, finished, in_plan=from_file is not None)
             run.log.event(run.step, event, f"{words} at step {run.step:,}; {advice}")
         run.log.status("finished" if finished else "stopped", run.step)

@@ -98,8 +98,9 @@ def scores_of(model: RewardModel | Transformer, adapter: str | None = None, head
 
     def scores(batch: MicroBatch) -> Tensor:
         documents = batch.input_ids, batch.positions, batch.cu_seqlens, batch.input_ids.shape[1]
-        if adapter is None or head is None:
+        if adapter is None:
             return model(*documents)
+        assert head is not None, "an adapter scores with its head"
         return adapter_scores(model, adapter, head, *documents)
 
     return scores

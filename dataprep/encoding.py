@@ -185,9 +185,11 @@ def split_pattern(definition: dict) -> str | None:
 def _tiktoken_encoding(tokenizer: Tokenizer) -> "tiktoken.Encoding":
     import tiktoken  # here: only this engine needs it
 
+    pattern = split_pattern(tokenizer.definition)
+    assert pattern is not None, "the engine is chosen by the pattern"
     return tiktoken.Encoding(
         "groundup",
-        pat_str=split_pattern(tokenizer.definition) or "",  # there is one: the engine was chosen by it
+        pat_str=pattern,
         mergeable_ranks=_ranks(tokenizer),
         special_tokens={},
     )

@@ -67,14 +67,16 @@ def encode_example(
                 return Encoded([], f"the prompt fills max_length {max_length}")
             return Encoded([Sequence(tokens, learned)])
         if example.kind == "text":
-            tokens = np.array([*tokenizer.encode(example.text or ""), tokenizer.eos_token_id], dtype=np.int64)
+            assert example.text is not None
+            tokens = np.array([*tokenizer.encode(example.text), tokenizer.eos_token_id], dtype=np.int64)
             return _cut(tokens, np.ones(len(tokens), dtype=bool), max_length)
         if example.kind == "labelled":
             train_on = "assistant"
         if train_on != "all" and not any(_is_target(message) for message in example.messages):
             return Encoded([], "every assistant's message has weight 0")
         pairs = _encode_dialogue(tokenizer, template, example.messages, example.tools, train_on)
-        columns = {"label": float(bool(example.label))} if example.kind == "labelled" else {}
+        assert example.label is not None or example.kind != "labelled"
+        columns = {"label": float(example.label or 0)} if example.kind == "labelled" else {}
         if example.kind == "labelled" and len(pairs) > 1:
             return Encoded([], _ONE_TEXT.format(template.name))
         cut = [_cut(tokens, learned, max_length, columns) for tokens, learned in pairs]

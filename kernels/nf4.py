@@ -167,8 +167,9 @@ def _dequantise_into(weight: NF4Weight, out: Tensor) -> None:
 
 def _decoded_absmax(weight: NF4Weight) -> Tensor:
     """The fp32 absmax of each block: the product rounded, then the sum."""
-    if weight.code is None or weight.absmax2 is None or weight.offset is None:
+    if weight.code is None:
         return weight.absmax
+    assert weight.absmax2 is not None and weight.offset is not None, "they come with the code"
     scales = weight.absmax2[:, None].expand(-1, weight.absmax_block).reshape(-1)[: len(weight.absmax)]
     return weight.code.index_select(0, weight.absmax.int()) * scales + weight.offset
 
@@ -216,7 +217,8 @@ def to_bitsandbytes(weight: NF4Weight, name: str, dtype: torch.dtype) -> dict[st
         f"{name}.absmax": weight.absmax,
         f"{name}.quant_map": torch.tensor(QUANTILES, device=weight.packed.device),
     }
-    if weight.code is not None and weight.absmax2 is not None and weight.offset is not None:
+    if weight.code is not None:
+        assert weight.absmax2 is not None and weight.offset is not None, "they come with the code"
         state |= {"nested_blocksize": weight.absmax_block, "nested_dtype": "float32"}
         state["nested_offset"] = weight.offset.item()
         tensors |= {f"{name}.nested_absmax": weight.absmax2, f"{name}.nested_quant_map": weight.code}

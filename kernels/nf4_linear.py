@@ -202,9 +202,8 @@ def _differentiate(ctx, dy, _):
         dy, x, low, packed, absmax, code, absmax2, offset, ctx.sizes, a, b, ctx.scales, ctx.first_rows,
         ctx.implementation, ctx.needs_input_grad[0],
     )  # fmt: skip
-    no_list: list | None = (
-        None if a else []
-    )  # torch takes an empty list of numbers for one of tensors, and wants one back
+    # torch takes an empty list of numbers for one of tensors, and wants one back
+    no_list: list | None = None if a else []
     return dx if ctx.needs_input_grad[0] else None, *[None] * 6, da, db, no_list, no_list, None
 
 

@@ -254,11 +254,13 @@ class GRPO:
     @property
     def _lowest(self) -> float:
         """The ratio below which a token with a negative advantage counts no further."""
-        return 1 - (self.clip_low or 0.0)
+        assert self.clip_low is not None  # __post_init__ takes the loss's own
+        return 1 - self.clip_low
 
     @property
     def _highest(self) -> float:
-        return 1 + (self.clip_high or 0.0)
+        assert self.clip_high is not None
+        return 1 + self.clip_high
 
     def _surrogate(self, ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
         if self.loss_type == "cispo":

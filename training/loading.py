@@ -84,7 +84,8 @@ def build_model(
     NF4 with --load_in_4bit. A --reward_model that is an adapter over the same base becomes one more adapter, "reward".
     """
     plain: Transformer
-    if config.stage == "reward" and base is not None:
+    if config.stage == "reward":
+        assert base is not None
         dtype = precision.dtype if config.lora else torch.float32
         plain = RewardModel.from_pretrained(base, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
         if config.load_in_4bit:
@@ -107,7 +108,8 @@ def build_model(
         if checkpoint is None:
             plain.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
     model: Transformer | ActorCritic = plain
-    if config.lora and base is not None:
+    if config.lora:
+        assert base is not None
         model = _with_adapters(config, plain, base, rows)
         if num_new_tokens:
             learn_rows(plain, range(num_real_tokens - num_new_tokens, num_real_tokens))
@@ -179,7 +181,8 @@ def checkpoint_parts(config: TrainConfig, model: nn.Module) -> dict:
     inner = unwrap(model)
     policy = inner.policy if isinstance(inner, ActorCritic) else inner
     parts: dict = {"part": policy}
-    if config.lora and config.init_from:
+    if config.lora:
+        assert config.init_from is not None
         name = POLICY_ADAPTER if policy is not inner else "default"
         parts["adapter"] = peft_files(policy, name, str(Path(config.init_from).resolve()))
     if policy is not inner:

@@ -75,3 +75,9 @@ class StopRequest:
         """The signal that any rank received, the same one on all of them; None without one. Every rank calls it."""
         received = ranks.sum([float(self.signal or 0) * (rank == ranks.rank) for rank in range(ranks.world_size)])
         return signal.Signals(int(max(received))) if any(received) else None
+
+    def received_by_any(self, ranks: Ranks) -> signal.Signals:
+        """`agreed`, after a run that ended early: a signal is all that ends one without an error."""
+        received = self.agreed(ranks)
+        assert received is not None
+        return received
