@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from errors import UserError
 from families.common import INIT_STD, REQUIRED
 from families.names import read_config, write_config
-from kernels.attention import AttentionMask, attention, causal_mask, document_mask, document_positions
+from kernels.attention import attention
+from kernels.attention_masks import AttentionMask, document_mask, document_positions, row_mask
 from kernels.choice import KernelChoice
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
@@ -278,7 +279,7 @@ class Transformer(nn.Module):
             "dtype": _compute_dtype(x), "backend": self.kernels.attention, "window": self.config.sliding_window,
         }  # fmt: skip
         if cu_seqlens is None:
-            mask = causal_mask(length, past + length, x.device, **computed_in)
+            mask = row_mask(length, past + length, x.device, **computed_in)
         else:
             if cache is not None:
                 raise ValueError("packed documents (cu_seqlens) cannot go into a cache; pass one of the two")

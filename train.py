@@ -32,7 +32,7 @@ from checkpointing.tensors import set_rng_state
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError, run_script
 from generation.sampling import stream_text
-from kernels.attention import activate, choose_attention, describe_attention
+from kernels.attention_backends import activate, choose_attention, describe_attention
 from kernels.choice import KernelChoice, choose_kernels, describe_kernels
 from model import ModelConfig
 from ranks import Ranks, start_ranks, stop_ranks, unwrap

@@ -47,7 +47,7 @@ from bench.finetune_data import Settings, in_one_row, in_order, padded, sequence
 from bench.measure import device_slug, environment, first_line, read_results, synchronize, write_results  # noqa: E402
 from bench.step import ALPHA, LINEAR_LAYERS, RANK, Skipped, bare_run  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
-from kernels.attention import activate, choose_attention  # noqa: E402
+from kernels.attention_backends import activate, choose_attention  # noqa: E402
 from kernels.choice import choose_kernels  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from stages.sft import SFT  # noqa: E402

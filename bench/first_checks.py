@@ -37,7 +37,9 @@ from bench.gpu_first import ROOT, Check, Figures, Place, Skipped
 from bench.measure import environment, relative_error
 from bench.operations import operations
 from errors import UserError
-from kernels.attention import ATTENTION_BACKENDS, HALF, activate, attention, document_ids, document_mask, why_not
+from kernels.attention import attention
+from kernels.attention_backends import ATTENTION_BACKENDS, HALF, activate, why_not
+from kernels.attention_masks import document_ids, document_mask
 from kernels.choice import choose_kernels, describe_kernels
 from kernels.jit import why_not_triton
 from training.option_groups import STAGES

@@ -50,7 +50,7 @@ from bench.measure import (  # noqa: E402
 from bench.operations import chunked_loss, operations  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from kernels import rms_norm as rms_norm_file  # noqa: E402
-from kernels.attention import sdpa_kernel_taken  # noqa: E402
+from kernels.attention_backends import sdpa_kernel_taken  # noqa: E402
 from kernels.jit import why_not_triton  # noqa: E402
 
 RESTART = 75  # exit code of a measuring process that is broken, though its results are safe

@@ -8,7 +8,7 @@ The one rule, for `--kernels auto`:
                               SwiGLU and RoPE itself, with their neighbours, which a kernel of ours would cut apart
 
 `--kernels triton` and `--kernels torch` choose for all; `--kernels auto swiglu=torch` overrides one. Attention has its own
-back ends and its own flag (kernels/attention.py); LoRA's three ways are chosen by measurement (kernels/lora_linear.py).
+back ends and its own flag (kernels/attention_backends.py); LoRA's three ways are chosen by measurement (kernels/lora_linear.py).
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ import torch
 
 from checkpointing.tensors import rng_state, set_rng_state
 from errors import UserError
-from kernels.attention import choose_attention, describe_attention, why_not
+from kernels.attention_backends import choose_attention, describe_attention, why_not
 from kernels.choice import choose_kernels, describe_kernels
 from kernels.jit import multiprocessors, why_not_triton
 from kernels.lora_linear import device_name as measured_name

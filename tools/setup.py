@@ -258,7 +258,7 @@ def backend_rows(device: "torch.device", problems: list[Problem]) -> Rows:
     """What attention runs on, whether torch.compile can work, and how ranks can talk to each other."""
     import torch.distributed as dist
 
-    from kernels.attention import attention_backends, chosen_backend
+    from kernels.attention_backends import attention_backends, chosen_backend
     from kernels.jit import why_not_triton
     from training.precision import choose_precision
 

@@ -8,7 +8,7 @@ None means: worked out from the other options, the data or the machine, as the h
 from dataclasses import dataclass
 
 from errors import UserError
-from kernels.attention import ATTENTION_BACKENDS
+from kernels.attention_backends import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
 from training.optimizers import OPTIMIZERS
 from training.option import (

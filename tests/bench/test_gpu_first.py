@@ -20,7 +20,7 @@ from bench import first_checks, gpu_first
 from bench.gpu_first import FAILED, NOT_RUN, PASSED, SKIPPED, Check, Place, Report, Skipped
 from bench.operations import operations
 from errors import UserError
-from kernels.attention import ATTENTION_BACKENDS
+from kernels.attention_backends import ATTENTION_BACKENDS
 from training.option_groups import STAGES
 
 DRY = {"device": "cpu", "dry_run": True}

@@ -18,7 +18,7 @@ from batches.packing import Sequence, pack
 from errors import UserError
 from generation.rollouts import response_statistics
 from generation.sampling import choose
-from kernels.attention import choose_attention
+from kernels.attention_backends import choose_attention
 from kernels.choice import KernelChoice, choose_kernels
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.lora_linear import PATHS

@@ -11,9 +11,11 @@ from unittest import mock
 import pytest
 import torch
 
-from kernels.attention import activate, attention, causal_mask
+from kernels.attention import attention
+from kernels.attention_backends import activate
+from kernels.attention_masks import row_mask
 from kernels.jit import why_not_triton
-from tests.kernels.test_attention import BOUNDS, make, packed_mask
+from tests.kernels.attention_reference import BOUNDS, make, packed_mask
 
 NO_TRITON = why_not_triton(torch.device("cpu"))
 
@@ -23,15 +25,18 @@ def a_call_of(function, result):
     return mock.create_autospec(function, side_effect=lambda *arguments, **_: result(*arguments))
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_torchs_varlen_kernel_takes_our_arguments(window):
+@pytest.mark.parametrize(
+    ("window", "causal", "reach"),
+    [(None, True, (-1, 0)), (3, True, (2, 0)), (None, False, (-1, -1)), (3, False, (2, 2))],
+)
+def test_torchs_varlen_kernel_takes_our_arguments(window, causal, reach):
     from torch.nn.attention.varlen import varlen_attn
 
     stand_in = a_call_of(varlen_attn, lambda q, *_: torch.zeros_like(q))
     with mock.patch("torch.nn.attention.varlen.varlen_attn", stand_in):
-        attention(*make(4, 2), mask=packed_mask("varlen", window))
+        attention(*make(4, 2), mask=packed_mask("varlen", window, causal=causal), scale=0.5)
     inspect.signature(varlen_attn).bind(*stand_in.call_args.args, **stand_in.call_args.kwargs)
-    assert stand_in.call_args.kwargs["window_size"] == ((-1, 0) if window is None else (window - 1, 0))
+    assert stand_in.call_args.kwargs["window_size"] == reach and stand_in.call_args.kwargs["scale"] == 0.5
 
 
 def test_flash_attns_varlen_kernel_takes_our_arguments(monkeypatch):
@@ -45,7 +50,8 @@ def test_flash_attns_varlen_kernel_takes_our_arguments(monkeypatch):
     package = ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    assert attention(*make(4, 2), mask=packed_mask("flash-attn", 3)).shape == make(4, 2)[0].shape
+    found = attention(*make(4, 2), mask=packed_mask("flash-attn", 3), scale=0.5, softcap=2.0)
+    assert found.shape == make(4, 2)[0].shape
 
 
 def test_flex_attention_takes_our_arguments():
@@ -57,8 +63,8 @@ def test_flex_attention_takes_our_arguments():
         mock.patch("torch.nn.attention.flex_attention.create_block_mask", make_mask),
         mock.patch("torch.nn.attention.flex_attention.flex_attention", call),
     ):
-        mask = causal_mask(12, 12, BOUNDS.device, window=3, backend="flex")
-        attention(*make(4, 2), mask=mask)
+        mask = row_mask(12, 12, BOUNDS.device, window=3, backend="flex")
+        attention(*make(4, 2), mask=mask, scale=0.5, softcap=2.0)
     assert make_mask.called and call.call_args.kwargs["enable_gqa"] is True
 
 
