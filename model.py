@@ -1,20 +1,18 @@
-"""What is trained? One decoder-only transformer, whole, in the order in which a token meets it.
+"""What is trained? One transformer, whole, in the order in which a token meets it.
 
-    config → norm, attention, MLP, block → Transformer → key-value cache → loading → counting
+    Transformer: embedding → blocks (layers.py) → head → initialisation → key-value cache → loading → counting
 
-It is Llama (Touvron et al. 2023; Grattafiori et al. 2024): RoPE, RMSNorm before each sub-layer, SwiGLU, grouped
-queries, no biases. With `qk_norm` it is Qwen3, with `sliding_window` Mistral; families/ says how each one's folder is
-written. Fields, module names and the RoPE layout are Hugging Face's, so a checkpoint is a folder with nothing to convert.
+By default it is Llama (Touvron et al. 2023; Grattafiori et al. 2024): RoPE, RMSNorm before each sub-layer, SwiGLU, grouped
+queries, no biases. The fields of model_config.py make other models of it; families/ says how each one's folder is
+written. Module names and the RoPE layout are those of Hugging Face's Llama, and a checkpoint is a Hugging Face folder.
 
-Letters in shape comments: B rows, T tokens of a row, S keys, H hidden size, A query heads, K key-value heads,
-D head size, F MLP size, V vocabulary, L layers.
+Letters in shape comments: B rows, T tokens of a row, H hidden size, V vocabulary, L layers.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,200 +22,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import UserError
-from families.common import INIT_STD, REQUIRED
-from families.names import read_config, write_config
-from kernels.attention import attention
-from kernels.attention_masks import AttentionMask, document_mask, document_positions, row_mask
+from families.common import INIT_STD
+from families.weights import canonical_name, stored_views
+from kernels.attention_masks import AttentionMask, document_ids, document_mask, document_positions, row_mask
 from kernels.choice import KernelChoice
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import rope
-from kernels.rotary import checked_scaling, rotary_tables
-from kernels.swiglu import swiglu
+from kernels.rotary import BY_LENGTH, rotary_tables
+from layers import Block, PredictionHead, Shared, compute_dtype, norm_of
+from model_config import FULL, SLIDING, ModelConfig
 from paths import inside
-
-# --------------------------------------------------------------------------------------------------------------- config
-
-_DERIVED: Any = None  # a field's default that __post_init__ replaces by what follows from the others
-
-
-def _not_given(value: Any) -> bool:
-    return value is None
-
-
-@dataclass
-class ModelConfig:
-    """The shape of the model; names and meanings are those of Hugging Face's config.json.
-
-    num_key_value_heads defaults to num_attention_heads, head_dim to hidden_size / num_attention_heads.
-    rope_scaling: None, or {"rope_type": "linear" | "llama3" | "yarn", "factor": …, …} with transformers' keys.
-    qk_norm: an RMSNorm on each query and key head before RoPE, as in Qwen3. sliding_window: how many tokens one sees at
-    most, itself included, as in Mistral; None: all before it. family: whose folder the model is saved as, by default the
-    first one that has its parts. Raises UserError on an impossible shape.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int = _DERIVED
-    head_dim: int = _DERIVED
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    tie_word_embeddings: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
-    family: str = _DERIVED
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self):
-        if _not_given(self.family):
-            self.family = "qwen3" if self.qk_norm else "llama" if self.sliding_window is None else "mistral"
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise UserError(f"sliding_window is {self.sliding_window}; it must be at least 1, or null")
-        if _not_given(self.num_key_value_heads):
-            self.num_key_value_heads = self.num_attention_heads
-        for name in (*REQUIRED, "num_key_value_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        # transformers' LlamaConfig insists on this even where head_dim is given; the others do not
-        if self.hidden_size % self.num_attention_heads and (_not_given(self.head_dim) or self.family == "llama"):
-            raise UserError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
-                "change one of them"
-            )
-        if _not_given(self.head_dim):
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}; change one of them"
-            )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
-        if self.rope_scaling is not None:
-            self.rope_scaling = checked_scaling(self.rope_scaling, self.max_position_embeddings)
-
-    def to_hf(self, dtype: torch.dtype = torch.float32) -> dict:
-        """The contents of config.json, as the family has them. `dtype` is that of the saved weights."""
-        return write_config(asdict(self), str(dtype).removeprefix("torch."))
-
-    @classmethod
-    def from_hf(cls, config: dict) -> "ModelConfig":
-        """Read a config.json of one of families/, as transformers 4 or 5 writes it. Raises UserError, naming the field."""
-        return cls(**read_config(config))
-
-
-# --------------------------------------------------------------------------------------------------------------- layers
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, fp32 inside (Zhang & Sennrich 2019).
-
-    The result has the dtype of the matrix product that follows; under autocast the residual stream keeps its fp32.
-    """
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor, implementation: str) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, out_dtype=_compute_dtype(x), implementation=implementation)
-
-    def add(self, x: Tensor, update: Tensor | None, implementation: str) -> tuple[Tensor, Tensor]:
-        """(norm of x + update, x + update) in one pass over memory; without an update, of x."""
-        if update is None:
-            return self(x, implementation), x
-        return add_rms_norm(
-            x, update, self.weight, self.eps, out_dtype=_compute_dtype(x), implementation=implementation
-        )
-
-
-class Shared(NamedTuple):
-    """What every block of one forward uses: rotary tables, who may see whom, the cache to append to, the kernels."""
-
-    cos: Tensor
-    sin: Tensor
-    mask: AttentionMask | None
-    cache: "KVCache | None"
-    kernels: KernelChoice
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.layer = layer
-        hidden, self.head_dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.joint_sizes: list[int] | None = None  # set where adapters project together with the norm before
-
-    def projections(self, x: Tensor) -> Sequence[Tensor]:
-        """Queries, keys and values of x, or x cut in three if it is them already (adapters/lora.py)."""
-        if self.joint_sizes:
-            return x.split(self.joint_sizes, dim=-1)
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
-    def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = (part.view(batch, length, -1, self.head_dim) for part in self.projections(x))  # (B, T, A or K, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, shared.kernels.rms_norm), self.k_norm(k, shared.kernels.rms_norm)
-        q, k = rope(q, k, shared.cos, shared.sin, implementation=shared.kernels.rope)
-        if shared.cache is not None:
-            k, v = shared.cache.append(self.layer, k, v)  # (B, S, K, D)
-        out = attention(q, k, v, mask=shared.mask)  # (B, T, A, D)
-        return self.o_proj(out.reshape(batch, length, -1))
-
-
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.joint_sizes: list[int] | None = None  # as in Attention
-
-    def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        gate, up = (x, None) if self.joint_sizes else (self.gate_proj(x), self.up_proj(x))  # (B, T, F), or packed 2F
-        return self.down_proj(swiglu(gate, up, implementation=shared.kernels.swiglu))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); each sum is taken by the norm that reads it next."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, update: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor]:
-        """The residual stream (B, T, H), and what is still to be added to it (None before the first block); the same two."""
-        normed, x = self.input_layernorm.add(x, update, shared.kernels.rms_norm)
-        update = self.self_attn(normed, shared)
-        normed, x = self.post_attention_layernorm.add(x, update, shared.kernels.rms_norm)
-        return x, self.mlp(normed, shared)
-
 
 # ---------------------------------------------------------------------------------------------------------- transformer
 
 _PLAIN = KernelChoice()
 _CUT = 3.0  # standard deviations
+_BIAS_COLUMNS = 8  # of which one is the bias: rows stay aligned for the matrix product
 
 
 class Body(nn.Module):
@@ -225,9 +43,19 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings + config.position_offset, size)
+        if config.type_vocab_size:
+            self.embed_types = nn.Embedding(config.type_vocab_size, size)
+        if config.embedding_norm:
+            self.embed_norm = norm_of(config, size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.final_norm:
+            self.norm = norm_of(config, size)
+        if config.pooler:
+            self.pooler = nn.Linear(size, size)
 
 
 class Transformer(nn.Module):
@@ -235,17 +63,25 @@ class Transformer(nn.Module):
 
     The constructor leaves torch's default weights: call `init_weights`, or `load_pretrained`. To build a large one:
     `with torch.device("meta"): model = Transformer(config)`, then `model.to_empty(device=…)`, then `init_weights`.
-    `kernels` says what its operations run on (kernels/choice.py); by default plain PyTorch. It may be set later.
+    `kernels` says what its operations run on (kernels/choice.py); by default plain PyTorch. It may be set later, as may
+    `dropout`: the probability in training mode, after the embedding and after each sub-layer (not of attention's
+    probabilities), decided by `token_keys` (B, T), which adapters.lora.set_token_keys sets.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelChoice = _PLAIN):
         super().__init__()
         self.config = config
         self.kernels = kernels
+        self.dropout = 0.0
+        self.token_keys: Tensor | None = None
         # gives the head's weight where some rows of it alone learn (adapters/token_rows.py)
         self.head_gradient: Callable[[nn.Module], Tensor] | None = None
         self.model = Body(config)
-        if not config.tie_word_embeddings:
+        if config.head == "mlm":
+            self.head = PredictionHead(config)
+        if config.next_sentence:
+            self.seq_relationship = nn.Linear(config.hidden_size, 2)
+        if config.head != "none" and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -256,6 +92,11 @@ class Transformer(nn.Module):
             return layer.weight
         return self.head_gradient(layer)
 
+    @property
+    def softcap(self) -> float:
+        """Of the logits; 0 where they have none."""
+        return self.config.final_logit_softcapping or 0.0
+
     def forward(
         self,
         input_ids: Tensor,
@@ -263,6 +104,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: "KVCache | None" = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, H) after the final norm, for input_ids (B, T) int64.
 
@@ -271,41 +113,118 @@ class Transformer(nn.Module):
         cu_seqlens (num_docs + 1,) int32: documents packed into the flattened B*T tokens, each row's start included;
         attention does not cross them. max_seqlen bounds their lengths (default T).
         cache: holds the tokens before these ones; it takes in these ones. Not together with cu_seqlens.
+        token_types (B, T) int64: of models that tell segments apart; 0 by default.
         """
         batch, length = input_ids.shape
-        x = self.model.embed_tokens(input_ids)  # (B, T, H)
         past = 0 if cache is None else cache.length
-        computed_in: dict[str, Any] = {
-            "dtype": _compute_dtype(x), "backend": self.kernels.attention, "window": self.config.sliding_window,
-        }  # fmt: skip
-        if cu_seqlens is None:
-            mask = row_mask(length, past + length, x.device, **computed_in)
-        else:
-            if cache is not None:
-                raise ValueError("packed documents (cu_seqlens) cannot go into a cache; pass one of the two")
-            mask = document_mask(cu_seqlens, batch, length, max_seqlen=max_seqlen, **computed_in)
-            if positions is None:
-                positions = document_positions(cu_seqlens, batch, length)
-        if positions is None:
-            positions = torch.arange(past, past + length, device=x.device)[None]  # (1, T)
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        shared = Shared(cos, sin, mask, cache, self.kernels)
-        update = None
+        if cu_seqlens is not None and cache is not None:
+            raise ValueError("packed documents (cu_seqlens) cannot go into a cache; pass one of the two")
+        if positions is None and cu_seqlens is not None:
+            positions = document_positions(cu_seqlens, batch, length)
+        elif positions is None:
+            positions = torch.arange(past, past + length, device=input_ids.device)[None]  # (1, T)
+        x = self.embedded(input_ids, positions, token_types)  # (B, T, H)
+        shared = Shared(
+            self._rotary(positions, past + length, cu_seqlens),
+            self._masks(x, past, cu_seqlens, max_seqlen),
+            cache, self.kernels, self.dropout if self.training else 0.0, self.token_keys,
+        )  # fmt: skip
+        x, update = shared.dropped(x, 2 * self.config.num_hidden_layers), None
         for block in self.model.layers:
             x, update = block(x, update, shared)
         if cache is not None:
             cache.length += length
-        return self.model.norm.add(x, update, self.kernels.rms_norm)[0]
+        if self.config.final_norm:
+            return self.model.norm.add(x, update, self.kernels.rms_norm)[0]
+        return x if update is None else x + update
+
+    def embedded(self, input_ids: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+        """(B, T, H): what the first block reads."""
+        config, body = self.config, self.model
+        x = body.embed_tokens(input_ids)
+        if config.scale_embedding:  # rounded to the weights' dtype, as Gemma's reference does
+            x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        if config.embedding_multiplier != 1.0:
+            x = x * config.embedding_multiplier
+        if config.type_vocab_size:
+            x = x + body.embed_types(torch.zeros_like(input_ids) if token_types is None else token_types)
+        if config.position_embedding == "learned":
+            x = x + body.embed_positions(positions + config.position_offset)
+        return body.embed_norm.in_its_dtype(x) if config.embedding_norm else x
+
+    def _rotary(
+        self, positions: Tensor, length: int, cu_seqlens: Tensor | None
+    ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+        """cos and sin of each kind of layer, each (B or 1, T, D/2) fp32."""
+        config = self.config
+        if config.position_embedding != "rotary":
+            return {}
+        lengths = None
+        if config.rope_scaling is not None and config.rope_scaling["rope_type"] in BY_LENGTH:
+            lengths = torch.full_like(positions, length)
+            if cu_seqlens is not None:
+                lengths = cu_seqlens.diff()[document_ids(cu_seqlens, *positions.shape)]
+        tables = {}
+        for kind in config.layer_kinds():
+            theta, scaling = config.rope_theta, config.rope_scaling
+            if kind == SLIDING and config.local_rope_theta is not None:
+                theta, scaling = config.local_rope_theta, None
+            tables[kind] = rotary_tables(positions, config.rotary_width, theta, scaling, lengths)
+        return tables
+
+    def _masks(
+        self, x: Tensor, past: int, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> dict[str, AttentionMask | None]:
+        """Who may see whom in each kind of layer, for the embedded tokens (B, T, H) after `past` ones in a cache."""
+        batch, length, _ = x.shape
+        masks = {}
+        for kind in self.config.layer_kinds():
+            settings: dict[str, Any] = {
+                "dtype": compute_dtype(x), "backend": self.kernels.attention, "causal": self.config.causal,
+                "window": self.config.sliding_window if kind == SLIDING else None,
+                "softcap": self.config.attn_logit_softcapping is not None,
+            }  # fmt: skip
+            if cu_seqlens is None:
+                masks[kind] = row_mask(length, past + length, x.device, **settings)
+            else:
+                masks[kind] = document_mask(cu_seqlens, batch, length, max_seqlen=max_seqlen, **settings)
+        return masks
+
+    def pooled(self, first: Tensor) -> Tensor:
+        """(N, H): what stands for whole texts, of the hidden states (N, H) of their first tokens."""
+        return torch.tanh(self.model.pooler(first))
+
+    def next_sentence_logits(self, first: Tensor) -> Tensor:
+        """(N, 2) fp32, of the first tokens' hidden states (N, H): the second segment follows the first; it does not."""
+        return self.seq_relationship(self.pooled(first)).float()
+
+    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, w) of which x wᵀ are the logits before their softcap, for hidden states (…, H): what a loss is given.
+
+        A masked language model's bias is one more column of w, beside a one in x.
+        """
+        if self.config.head != "mlm":
+            x = hidden if self.config.logits_scaling == 1.0 else hidden / self.config.logits_scaling
+            return x, self.head_weight
+        x = self.head(hidden, self.kernels.rms_norm)
+        if self.head.bias is None:
+            return x, self.head_weight
+        ones = torch.zeros(*x.shape[:-1], _BIAS_COLUMNS, dtype=x.dtype, device=x.device)
+        ones[..., 0] = 1.0
+        return torch.cat([x, ones], dim=-1), torch.cat(
+            [self.head_weight, F.pad(self.head.bias[:, None], (0, _BIAS_COLUMNS - 1))], dim=1
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, V) fp32 logits of hidden states (…, H). For sampling and tests; training uses linear_cross_entropy."""
-        return F.linear(hidden, self.head_weight).float()
+        logits = F.linear(*self.head_inputs(hidden)).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     @torch.no_grad()
     def init_weights(self, seed: int, zero_residual: bool, num_real_tokens: int | None = None) -> None:
         """Draw every parameter anew; the result depends on (seed, parameter's name, shape) and on nothing else.
 
-        All matrices: normal, std 0.02, cut at 3 std (OLMo 2). Norms: one. Except:
+        All matrices: normal, std 0.02, cut at 3 std (OLMo 2). Norms: one; biases: zero. Except:
         zero_residual (the Muon recipe; modded-nanogpt, nanochat): o_proj and down_proj are zero, so each block starts
         as the identity, and an untied head has std 0.001. Otherwise (AdamW): o_proj and down_proj have std
         0.02/√(2L) (GPT-2), and an untied head std 1/√H (torchtitan, OLMo).
@@ -315,10 +234,11 @@ class Transformer(nn.Module):
         head_std = 0.001 if zero_residual else self.config.hidden_size**-0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                counts_from_one = self.config.norm == "rms" and self.config.norm_offset
+                parameter.fill_(0.0 if name.endswith(".bias") or counts_from_one else 1.0)
                 continue
             std = INIT_STD
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "mlp.down_proj")):
                 std = residual_std
             elif name == "lm_head.weight":
                 std = head_std
@@ -336,12 +256,6 @@ def _draw(seed: int, name: str, shape: torch.Size, std: float) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     weight = torch.empty(shape, device="cpu", dtype=torch.float32)
     return nn.init.trunc_normal_(weight, std=std, a=-_CUT * std, b=_CUT * std, generator=generator)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that linear layers will give their output."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ------------------------------------------------------------------------------------------------------ key-value cache
@@ -399,25 +313,52 @@ def load_pretrained(
     with torch.device("meta"):
         model = Transformer(config)
     model.to(dtype).to_empty(device=device)  # cast first: never more than one copy in memory
-    parameters = dict(model.named_parameters())
-    files = weight_files(folder)
-    found = {name for held in files.values() for name in held}
-    # tied, an lm_head is the embedding under a second name; transformers before 4.32 saved the rotary frequencies
-    found -= {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    found -= {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := parameters.keys() - found:
-        raise UserError(f"{folder}: {len(missing)} weights of the model are missing, {min(missing)} first")
-    if unexpected := found - parameters.keys():
-        raise UserError(f"{folder}: {len(unexpected)} weights do not belong to the model, {min(unexpected)} first")
-    for path, held in files.items():
-        with open_safetensors(path) as tensors, torch.no_grad():
-            for name in found.intersection(held):
-                weight, parameter = tensors.get_tensor(name), parameters[name]
-                if weight.shape != parameter.shape:
-                    shapes = f"{tuple(weight.shape)}, but config.json asks for {tuple(parameter.shape)}"
-                    raise UserError(f"{path}: {name} has the shape {shapes}")
-                parameter.copy_(weight)
+    with torch.no_grad():
+        load_weights(folder, model)
     return model
+
+
+def load_weights(folder: Path, model: Transformer) -> None:
+    """Copy a folder's weights into the model's, one after another. UserError as in `load_pretrained`."""
+    targets: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        targets |= stored_views(model.config.family, name, parameter)
+    holders = stored_names(folder, model.config)
+    if missing := targets.keys() - holders.keys():
+        raise UserError(f"{folder}: {len(missing)} weights of the model are missing, {min(missing)} first")
+    if unexpected := holders.keys() - targets.keys():
+        raise UserError(f"{folder}: {len(unexpected)} weights do not belong to the model, {min(unexpected)} first")
+    for path in dict.fromkeys(path for path, _ in holders.values()):
+        with open_safetensors(path) as tensors:
+            for name, (holder, found_as) in holders.items():
+                if holder != path:
+                    continue
+                weight, target = tensors.get_tensor(found_as), targets[name]
+                if weight.shape != target.shape:
+                    shapes = f"{tuple(weight.shape)}, but config.json asks for {tuple(target.shape)}"
+                    raise UserError(f"{path}: {found_as} has the shape {shapes}")
+                target.copy_(weight)
+
+
+def stored_names(folder: Path, config: ModelConfig) -> dict[str, tuple[Path, str]]:
+    """The tensors of a folder by the family's own name for each: (the file that holds it, its name there).
+
+    Left out are buffers that old versions stored, a tied head, which is the embedding under a second name, and heads that
+    the class which config.json names has not: BERT's own folders hold a pooler that its masked language model ignores.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    for path, held in weight_files(folder).items():
+        for name in held:
+            canonical = canonical_name(config.family, name)
+            if canonical is not None:
+                found[canonical] = path, name
+    left_out = ["lm_head.weight"] if config.tie_word_embeddings or config.head == "none" else []
+    left_out += [] if config.pooler else ["model.pooler.weight", "model.pooler.bias"]
+    left_out += [] if config.next_sentence else ["seq_relationship.weight", "seq_relationship.bias"]
+    for name in left_out:
+        for stored in stored_views(config.family, name, torch.empty(0, 0)):
+            found.pop(stored, None)
+    return found
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
@@ -464,7 +405,7 @@ def read_json(path: Path) -> dict:
 
 
 class ParameterCount(NamedTuple):
-    """embedding: the input table (it is the head too when tied). non_embedding: the rest, with an untied head."""
+    """embedding: the input tables (that of tokens is the head too when tied). non_embedding: the rest, with an untied head."""
 
     total: int
     embedding: int
@@ -472,33 +413,35 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Parameters of the model of this shape, in closed form: nothing is allocated."""
-    embedding = config.vocab_size * config.hidden_size
-    norms = config.num_hidden_layers * 2 * config.hidden_size + config.hidden_size
-    if config.qk_norm:
-        norms += config.num_hidden_layers * 2 * config.head_dim
-    head = 0 if config.tie_word_embeddings else embedding
-    non_embedding = _layer_matrices(config) + norms + head
-    return ParameterCount(embedding + non_embedding, embedding, non_embedding)
+    """Parameters of the model of this shape; nothing is allocated."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embedding = sum(table.weight.numel() for table in tables)
+    return ParameterCount(total, embedding, total - embedding)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations to train on one token, forward and backward: 6 N + 12 L A D T.
 
-    N: the weights in matrix products, that is all matrices of the layers and the head (tied or not), not the embedding
-    look-up. Two per weight forward, four backward. 12 L A D T: scores and weighted values over T keys. It is the
-    convention of PaLM (Chowdhery et al. 2022, appendix B), nanoGPT and torchtitan: causality, which lets kernels skip
-    half of the second term, and document masks are not deducted; recomputed activations are not added. A sliding window
-    is: no token is ever compared with more keys than it holds.
+    N: the weights in matrix products that a token meets, that is all matrices of the layers, of experts those that work
+    on it, and the head (tied or not), not the embedding look-up. Two per weight forward, four backward. 12 L A D T:
+    scores and weighted values over T keys. It is the convention of PaLM (Chowdhery et al. 2022, appendix B), nanoGPT and
+    torchtitan: causality, which lets kernels skip half of the second term, and document masks are not deducted;
+    recomputed activations are not added. A sliding window is: no token is ever compared with more keys than it holds.
     """
-    matrices = _layer_matrices(config) + config.vocab_size * config.hidden_size
-    attention_width = config.num_attention_heads * config.head_dim
-    keys = min(seq_len, config.sliding_window or seq_len)
-    return 6.0 * matrices + 12.0 * config.num_hidden_layers * attention_width * keys
-
-
-def _layer_matrices(config: ModelConfig) -> int:
-    query = config.num_attention_heads * config.head_dim
-    key_value = config.num_key_value_heads * config.head_dim
-    per_layer = config.hidden_size * (2 * query + 2 * key_value + 3 * config.intermediate_size)
-    return config.num_hidden_layers * per_layer
+    with torch.device("meta"):
+        model = Transformer(config)
+    matrices = config.vocab_size * config.hidden_size
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3:  # experts
+            matrices += parameter[0].numel() * (config.experts_per_token or 0)
+        elif parameter.dim() == 2 and name.startswith(("model.layers.", "head.")):
+            matrices += parameter.numel()
+    keys = 0
+    for layer in range(config.num_hidden_layers):
+        sides = 1 if config.causal else 2
+        window = seq_len if config.layer_kind(layer) == FULL else sides * (config.sliding_window or seq_len)
+        keys += min(seq_len, window)
+    return 6.0 * matrices + 12.0 * config.num_attention_heads * config.head_dim * keys

@@ -34,7 +34,7 @@ from errors import UserError, run_script
 from generation.sampling import stream_text
 from kernels.attention_backends import activate, choose_attention, describe_attention
 from kernels.choice import KernelChoice, choose_kernels, describe_kernels
-from model import ModelConfig
+from model_config import ModelConfig
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
 from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.grpo import GRPO
@@ -138,7 +138,10 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         judge_over_base=reward_adapter(config, base) is not None, **example_sizes(config, data.train),
     )  # fmt: skip
     peak = config.peak_tflops or peak_tflops(ranks.device, precision.dtype)
-    attention = describe_attention(kernels.attention, ranks.device, precision.dtype, head_dim=shape.head_dim)
+    attention = describe_attention(
+        kernels.attention, ranks.device, precision.dtype, head_dim=shape.head_dim,
+        softcap=shape.attn_logit_softcapping is not None,
+    )  # fmt: skip
     start_step = saved.get("step", 0)
     log = RunLog(config.save_dir, is_main=ranks.is_main, max_steps=config.max_steps, start_step=start_step)
     described = machine_lines(config, precision, kernels, attention, ranks, peak)
@@ -176,7 +179,8 @@ def choose_numerics(
     """What the run computes in and on: precision, kernels and the attention among them, which is switched on."""
     precision = choose_precision(config.mixed_precision, device)
     head_dim = base_shape.head_dim if base_shape else config.hidden_size // config.num_heads
-    attention = choose_attention(config.attention, device, precision.dtype, head_dim=head_dim)
+    softcap = base_shape is not None and base_shape.attn_logit_softcapping is not None
+    attention = choose_attention(config.attention, device, precision.dtype, head_dim=head_dim, softcap=softcap)
     activate(attention)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32

@@ -17,7 +17,8 @@ from adapters.lora import adapter_settings, adapters_active, adapters_off
 from adapters.scalar_head import RewardModel
 from batches.micro_batch import MicroBatch
 from kernels.choice import KernelChoice
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 
 POLICY_ADAPTER, VALUE_ADAPTER, REWARD_ADAPTER = "policy", "value", "reward"
 REWARD_HEAD = "reward_head"  # the buffer of a model with REWARD_ADAPTER: (1, H)

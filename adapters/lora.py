@@ -21,15 +21,20 @@ from torch import Tensor, nn
 
 from adapters.token_rows import store_rows
 from errors import UserError
+from families.weights import stored_path, stored_views
 from kernels.lora_linear import Adapter, augmented_weight, choose_path, device_name, lora_linear, masked, store_adapters
 from kernels.nf4 import NF4Weight, dequantise_nf4, quantise_nf4
 from kernels.nf4_linear import nf4_linear
 from kernels.norm_lora import norm_lora_linear
 from kernels.rms_norm import rms_norm
-from model import RMSNorm, Transformer
+from layers import RMSNorm
+from model import Transformer
 from ranks import unwrap
 
-BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# the linear layers of a block that adapters and NF4 may have, by the model's own names
+BLOCK_LINEARS = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+)  # fmt: skip
 ALL_LINEAR = "all-linear"  # as in PEFT: the linear layers of the blocks, without the head
 SCORE = "score.weight"  # the head of a reward model, which learns beside its adapters
 QUANTISATIONS = (None, "nf4")
@@ -47,9 +52,10 @@ _STACKS = (
 class AdapterSettings:
     """What one adapter was made with, in the words of PEFT's adapter_config.json.
 
-    targets: each the name of linear layers ("q_proj"), or the end or whole of a path ("layers.0.mlp.up_proj").
-    rank_pattern, alpha_pattern: other values for the layers whose path ends with the regular expression; the first
-    that fits counts. UserError for a rank or dropout that cannot be.
+    targets: each the name of linear layers ("q_proj"), or the end or whole of a path ("layers.0.mlp.up_proj"). All paths
+    are those of the model's family ("transformer.h.0.attn.c_attn"), as PEFT sees them. rank_pattern, alpha_pattern: other
+    values for the layers whose path ends with the regular expression; the first that fits counts. UserError for a rank or
+    dropout that cannot be.
     """
 
     rank: int = 16
@@ -57,7 +63,7 @@ class AdapterSettings:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
-    targets: tuple[str, ...] = BLOCK_LINEARS
+    targets: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -92,6 +98,22 @@ def adapter_settings(model: nn.Module) -> dict[str, AdapterSettings]:
     return vars(unwrap(model)).get("adapters", {})
 
 
+def block_linears(model: nn.Module) -> dict[str, str]:
+    """The linear layers of the blocks by their path in the model: their path in its family's classes."""
+    inner = unwrap(model)
+    return {
+        path: stored_path(inner.config.family, path)
+        for path, layer in inner.named_modules()
+        if path.rpartition(".")[2] in BLOCK_LINEARS and isinstance(layer, (nn.Linear, LoraLinear))
+    }
+
+
+def target_names(model: nn.Module) -> tuple[str, ...]:
+    """The names by which adapters' targets are called: the last word of a path, or two where one says too little."""
+    words = [path.split(".") for path in block_linears(model).values()]
+    return tuple(dict.fromkeys(".".join(each[-2:] if each[-1] == "dense" else each[-1:]) for each in words))
+
+
 def is_quantised(model: nn.Module) -> bool:
     """Whether layers of the model are in NF4."""
     return any(isinstance(module, LoraLinear) and module.quantised for module in model.modules())
@@ -101,9 +123,9 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer without bias and its adapters, by name; those in `active` are added, in that order."""
+    """A frozen linear layer and its adapters, by name; those in `active` are added, in that order."""
 
-    def __init__(self, weight: Tensor | NF4Weight, implementation: str):
+    def __init__(self, weight: Tensor | NF4Weight, implementation: str, bias: Tensor | None = None):
         super().__init__()
         self.shape, self.quantised = tuple(weight.shape), isinstance(weight, NF4Weight)
         self.implementation = implementation  # of NF4
@@ -113,6 +135,7 @@ class LoraLinear(nn.Module):
                 self.register_buffer(name, tensor)
         else:
             self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.lora_magnitude_vector = nn.ParameterDict()  # m, of DoRA's adapters
         self.scales: dict[str, float] = {}
@@ -178,6 +201,10 @@ class LoraLinear(nn.Module):
         return merged.float()
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self._without_bias(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _without_bias(self, x: Tensor) -> Tensor:
         dropouts = {self.dropouts[name] for name in self.active} if self.training else set()
         dropout = max(dropouts, default=0.0)
         dora = any(name in self.lora_magnitude_vector for name in self.active)
@@ -234,12 +261,12 @@ class LoraLinear(nn.Module):
 def set_token_keys(model: nn.Module, keys: Tensor) -> None:
     """Let the dropout of every adapter, in training mode, be decided by these keys (B, T) int64 until others are set.
 
-    They stay, so that an activation that is computed again in the backward pass gets the same mask.
+    They stay, so that an activation that is computed again in the backward pass gets the same mask. The model's own
+    dropout follows them too.
     """
-    if not any(settings.dropout for settings in adapter_settings(model).values()):
-        return
+    adapters = any(settings.dropout for settings in adapter_settings(model).values())
     for module in model.modules():
-        if isinstance(module, LoraLinear):
+        if (isinstance(module, LoraLinear) and adapters) or (isinstance(module, Transformer) and module.dropout):
             module.token_keys = keys
 
 
@@ -301,7 +328,7 @@ def join_projections(model: Transformer, implementation: str) -> None:
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:
-    if not isinstance(layer, LoraLinear) or layer.quantised:
+    if not isinstance(layer, LoraLinear) or layer.quantised or layer.bias is not None:
         return False
     return bool(layer.active) and not layer.lora_magnitude_vector and not any(layer.dropouts.values())
 
@@ -315,7 +342,7 @@ def add_adapters(
     rank: int = 16,
     alpha: float = 32.0,
     dropout: float = 0.0,
-    targets: Sequence[str] = BLOCK_LINEARS,
+    targets: Sequence[str] = (ALL_LINEAR,),
     rslora: bool = False,
     dora: bool = False,
     quantise: str | None = None,
@@ -325,13 +352,15 @@ def add_adapters(
 ) -> None:
     """Freeze the model and put an adapter on each linear layer of its blocks whose name is in `targets`.
 
-    targets: names, or "all-linear" for all of them. rank, alpha, dropout, rslora, dora: see the file's docstring. The
-    rest as in `place_adapters`. UserError for a target or quantisation that is not known.
+    targets: the family's names (`target_names`), or "all-linear" for all of them. rank, alpha, dropout, rslora, dora: see
+    the file's docstring. The rest as in `place_adapters`. UserError for a target or quantisation that is not known.
     """
-    targets = BLOCK_LINEARS if ALL_LINEAR in targets else tuple(targets)  # "all-linear" in "all-linear", too
-    if unknown := [target for target in targets if target not in BLOCK_LINEARS]:
-        known = ", ".join((*BLOCK_LINEARS, ALL_LINEAR))
-        raise UserError(f"adapters: {unknown[0]} is not a linear layer of a block; choose from {known}")
+    known, paths = target_names(model), block_linears(model).values()
+    targets = known if ALL_LINEAR in targets else tuple(targets)  # "all-linear" in "all-linear", too
+    for target in targets:
+        if not any(path.endswith(f".{target}") for path in paths):
+            choices = ", ".join((*known, ALL_LINEAR))
+            raise UserError(f"adapters: {target} is not a linear layer of a block; choose from {choices}")
     settings = AdapterSettings(rank, alpha, dropout, rslora, dora, targets)
     place_adapters(model, name, settings, quantise=quantise, seed=seed, rows=rows)
 
@@ -361,14 +390,16 @@ def place_adapters(
             parameter.requires_grad_(False)
     if quantise:
         quantise_layers(model)
-    for path, linear in list(model.named_modules()):
-        if path.rpartition(".")[2] not in BLOCK_LINEARS or not settings.has(path):
+    for path, stored in block_linears(model).items():
+        if not settings.has(stored):
             continue
-        if isinstance(linear, nn.Linear):
-            linear = _replace(model, path, LoraLinear(linear.weight.data, model.kernels.nf4))
-        a = _draw_a(seed, f"{path}.{name}", settings.rank_of(path), linear)
-        linear.add(name, a, settings.scale_of(path), dropout=settings.dropout, dora=settings.dora)
-        linear.stream = _stream(path)
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Linear):
+            layer = _replace(model, path, LoraLinear(layer.weight.data, model.kernels.nf4, _data(layer.bias)))
+        assert isinstance(layer, LoraLinear)
+        a = _draw_a(seed, f"{path}.{name}", settings.rank_of(stored), layer)
+        layer.add(name, a, settings.scale_of(stored), dropout=settings.dropout, dora=settings.dora)
+        layer.stream = _stream(path)
     for module in model.modules():
         if isinstance(module, LoraLinear):  # the kernels may have been chosen after the base was loaded
             module.implementation = model.kernels.nf4
@@ -379,9 +410,13 @@ def place_adapters(
 
 def quantise_layers(model: Transformer) -> None:
     """Put the weights of the block linears that have no adapters yet in NF4, one after another."""
-    for path, linear in list(model.named_modules()):
-        if path.rpartition(".")[2] in BLOCK_LINEARS and isinstance(linear, nn.Linear):
-            _replace(model, path, LoraLinear(quantise_nf4(linear.weight.data), model.kernels.nf4))
+    for path in block_linears(model):
+        if isinstance(linear := model.get_submodule(path), nn.Linear):
+            _replace(model, path, LoraLinear(quantise_nf4(linear.weight.data), model.kernels.nf4, _data(linear.bias)))
+
+
+def _data(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.data
 
 
 def _replace(model: nn.Module, path: str, layer: LoraLinear) -> LoraLinear:
@@ -397,8 +432,12 @@ def _take_measured_paths(model: Transformer, rows: int) -> None:
             layer.take_path(_measured_path([layer], rows))
     if model.kernels.lora != "triton":
         return
+    if model.config.norm_position != "before" or model.config.norm_offset or model.config.num_experts:
+        return
     for block in model.model.layers:
         for part, _, names in _STACKS:
+            if not all(hasattr(getattr(block, part), name) for name in names):
+                return  # fused already, or an MLP without a gate
             stack = [getattr(getattr(block, part), name) for name in names]
             if not all(_is_plain_lora(layer) for layer in stack) or _measured_path(stack, rows) != "augmented":
                 return
@@ -484,25 +523,27 @@ def adapters_off(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 def merged_state(
     model: nn.Module, *, dtype: torch.dtype | None = None, names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
-    """The plain model's weights by Hugging Face name, W + scale · B A in place of W where adapters are active.
+    """The plain model's weights by their names in its family's folder, W + scale · B A in place of W where adapters are active.
 
     NF4 weights are decoded first: an adapter learned beside those values, and folding it into the original ones would
     add the error of quantisation again. Summed in fp32 or better, then rounded once to `dtype`, by default that of the
-    frozen weights, which for NF4 is the embedding's. names: of these weights only, by default of all. Neither the model
-    nor its tied embedding changes.
+    frozen weights, which for NF4 is the embedding's. names: of these weights only, the model's own names, by default
+    of all. Neither the model nor its tied embedding changes.
     """
     inner = unwrap(model)
     parameters, dtype = dict(inner.named_parameters()), dtype or inner.model.embed_tokens.weight.dtype
-    state = {}
+    state: dict[str, Tensor] = {}
     for name in plain_shapes(inner) if names is None else names:
-        layer = inner.get_submodule(name.removesuffix(".weight"))
-        tensor = layer.merged_weight() if isinstance(layer, LoraLinear) else parameters[name].detach()
-        state[name] = tensor.to(dtype)
+        path, _, leaf = name.rpartition(".")
+        layer = inner.get_submodule(path)
+        merges = isinstance(layer, LoraLinear) and leaf == "weight"
+        tensor = layer.merged_weight() if merges else parameters[name].detach()
+        state |= stored_views(inner.config.family, name, tensor.to(dtype))
     return state
 
 
 def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name and shape of each weight that the model would have without adapters, in its order."""
+    """Name and shape of each weight that the model would have without adapters, in its order."""
     model = unwrap(model)
     with torch.device("meta"):
         plain = type(model)(model.config)  # a language model or a reward model

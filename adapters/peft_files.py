@@ -26,18 +26,23 @@ from adapters.lora import (
     AdapterSettings,
     LoraLinear,
     adapter_settings,
+    block_linears,
     is_quantised,
     place_adapters,
     plain_shapes,
     store_learned,
+    target_names,
 )
 from adapters.token_rows import token_rows, vocabulary_layers, write_rows
 from checkpointing.safetensors_writer import safetensors_chunks, write_file
 from checkpointing.save import MAX_SHARD_BYTES, write_weights
 from checkpointing.save_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, fsync_folder, temporary_path
 from errors import UserError
+from families.names import FAMILIES
+from families.weights import is_transposed, stored_path, stored_views
 from kernels.nf4 import NF4Weight, from_bitsandbytes, quantise_nf4, to_bitsandbytes
-from model import ModelConfig, Transformer, load_pretrained, open_safetensors, read_json, weight_files
+from model import Transformer, load_pretrained, open_safetensors, read_json, stored_names
+from model_config import ModelConfig
 from ranks import unwrap
 
 _PREFIX = "base_model.model."  # of every tensor in a PEFT file: PEFT's own wrappers around the model
@@ -47,7 +52,7 @@ _LEARNED_OVER = "base_weights"  # in the header of our adapter files: "nf4" or "
 # empty: PEFT keeps adding variants, and one that is not known here would be computed wrongly.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern"}
 _READ |= {"use_rslora", "use_dora", "bias", "init_lora_weights", "exclude_modules", "layers_to_transform"}
-_READ |= {"modules_to_save", "trainable_token_indices"}
+_READ |= {"modules_to_save", "trainable_token_indices", "fan_in_fan_out"}
 _HARMLESS = {"layers_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping"}
 _HARMLESS |= {"peft_version", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
 _HARMLESS |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}  # of init_lora_weights
@@ -65,15 +70,16 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """
     _known_settings(model, name)
     rows = token_rows(model) if name == "default" else {}
-    state = {_row_key(layer): adapter.trainable_tokens_delta.detach() for layer, adapter in rows.items()}
+    state = {_row_key(model, layer): adapter.trainable_tokens_delta.detach() for layer, adapter in rows.items()}
     if (head := _score(model)) is not None:
         state[_PREFIX + SCORE] = head.detach()
-    for path, layer in unwrap(model).named_modules():
+    for path, stored in block_linears(model).items():
+        layer = unwrap(model).get_submodule(path)
         if isinstance(layer, LoraLinear) and name in layer.scales:
-            state[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach()
-            state[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach()
+            state[f"{_PREFIX}{stored}.lora_A.weight"] = layer.lora_A[name].detach()
+            state[f"{_PREFIX}{stored}.lora_B.weight"] = layer.lora_B[name].detach()
             if name in layer.lora_magnitude_vector:
-                state[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].detach()
+                state[f"{_PREFIX}{stored}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].detach()
     return state
 
 
@@ -96,7 +102,8 @@ def adapter_config(model: nn.Module, name: str, base_model: str | None) -> dict:
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
         "bias": "none",
-        "fan_in_fan_out": False,
+        # whether the base stores the weights of these layers as (in, out): GPT-2's Conv1D
+        "fan_in_fan_out": bool(FAMILIES[unwrap(model).config.family].TRANSPOSED),
         "init_lora_weights": True,
         "modules_to_save": ["score"] if has_score else None,
         # PEFT gives a tied head the embedding's by itself
@@ -157,13 +164,13 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     config, state = read_adapter_config(folder), _read_tensors(folder)
     head = state.pop(_PREFIX + SCORE, None) if _score(model) is None else None
     trained_rows = _rows_from(config, state, model, name, folder)
-    settings = _settings_from(config, folder, _paths(state, folder))
-    layers = dict(unwrap(model).named_modules())
-    _check_targets(config["target_modules"], config, settings.targets, layers, folder)
+    layers = _layers_by_stored_path(model)
+    settings = _settings_from(config, folder, _paths(state, folder, model, layers))
+    _check_targets(config["target_modules"], config, settings.targets, layers, folder, model)
     score = _score(model)
     wanted: dict[str, tuple[int, ...]] = {} if score is None else {_PREFIX + SCORE: tuple(score.shape)}
     learning = token_rows(model) if name == "default" else {}
-    wanted |= {_row_key(layer): tuple(one.trainable_tokens_delta.shape) for layer, one in learning.items()}
+    wanted |= {_row_key(model, layer): tuple(one.trainable_tokens_delta.shape) for layer, one in learning.items()}
     for path in settings.targets:
         rank, (rows, columns) = settings.rank_of(path), _shape(layers[path])
         wanted[f"{_PREFIX}{path}.lora_A.weight"] = (rank, columns)
@@ -184,8 +191,15 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     return None if head is None else head.clone()
 
 
-def _row_key(layer: str) -> str:
-    return f"{_PREFIX}{'model.' if layer == 'embed_tokens' else ''}{layer}.token_adapter.trainable_tokens_delta"
+def _layers_by_stored_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module, by its path in the family's classes."""
+    inner = unwrap(model)
+    return {stored_path(inner.config.family, path): layer for path, layer in inner.named_modules()}
+
+
+def _row_key(model: nn.Module, layer: str) -> str:
+    path = stored_path(unwrap(model).config.family, f"model.{layer}" if layer == "embed_tokens" else layer)
+    return f"{_PREFIX}{path}.token_adapter.trainable_tokens_delta"
 
 
 def _rows_from(
@@ -214,7 +228,7 @@ def _rows_from(
             if learning[layer].ids.tolist() != ids.tolist():
                 raise UserError(f"{where}: other tokens' rows were trained than the ones that learn in this run")
             continue
-        values = state.pop(_row_key(layer), None)
+        values = state.pop(_row_key(model, layer), None)
         if values is None or values.shape != (len(ids), unwrap(model).config.hidden_size):
             raise UserError(
                 f"{folder / ADAPTER_WEIGHTS}: the rows of trainable_token_indices in {layer} are missing or do not fit"
@@ -277,16 +291,19 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
 
 
-def _paths(state: Iterable[str], folder: Path) -> tuple[str, ...]:
+def _paths(
+    state: Iterable[str], folder: Path, model: nn.Module, layers: Mapping[str, nn.Module]
+) -> tuple[str, ...]:  # fmt: skip
     """The layers that have tensors in the file, in its order. UserError for one that takes no adapter here."""
     paths: dict[str, None] = {}  # a set that keeps its order
+    names = target_names(model)
     for key in state:
-        if key in (_PREFIX + SCORE, _row_key("embed_tokens"), _row_key("lm_head")):
+        if key in (_PREFIX + SCORE, _row_key(model, "embed_tokens"), _row_key(model, "lm_head")):
             continue
         path, found, _ = key.removeprefix(_PREFIX).rpartition(".lora_A.")
-        child = key.removeprefix(_PREFIX).split(".lora_")[0].rpartition(".")[2]
-        if not key.startswith(_PREFIX) or child not in BLOCK_LINEARS:
-            known = ", ".join(BLOCK_LINEARS)
+        layer = key.removeprefix(_PREFIX).split(".lora_")[0]
+        if not key.startswith(_PREFIX) or not any(layer.endswith(f".{name}") for name in names):
+            known = ", ".join(names)
             raise UserError(f"{folder}: it trains {key.removeprefix(_PREFIX)}; only adapters on {known} can be loaded")
         if found:
             paths[path] = None
@@ -309,7 +326,9 @@ def _settings_from(config: dict, folder: Path, paths: tuple[str, ...]) -> Adapte
     )
 
 
-def _check_targets(targets: str | list, config: dict, paths: Iterable[str], layers: dict, folder: Path) -> None:
+def _check_targets(
+    targets: str | list, config: dict, paths: Iterable[str], layers: dict, folder: Path, model: nn.Module
+) -> None:  # fmt: skip
     """UserError where the configuration and the tensors speak of different layers, or the model lacks one."""
     if unknown := [path for path in paths if path not in layers]:
         raise UserError(f"{folder}: the model has no layer {unknown[0]}; name the base that the adapter was trained on")
@@ -317,7 +336,7 @@ def _check_targets(targets: str | list, config: dict, paths: Iterable[str], laye
         return
     linear = {path for path, layer in layers.items() if isinstance(layer, (nn.Linear, nn.Embedding, LoraLinear))}
     if targets == ALL_LINEAR:
-        wanted = {path for path in linear if path.rpartition(".")[2] in BLOCK_LINEARS}
+        wanted = set(block_linears(model).values())
     elif isinstance(targets, str):
         wanted = {path for path in linear if re.fullmatch(targets, path)}
     else:
@@ -374,15 +393,16 @@ def load_base(
         return load_quantised(folder, dtype=dtype, device=device)
     if quantise is None:
         return load_pretrained(folder, device, dtype)
-    holders = _holders(folder)
+    shape = ModelConfig.from_hf(config)
+    holders, family = stored_names(folder, shape), shape.family
 
     def read(name: str) -> Tensor | NF4Weight:
-        weight = _read_tensor(holders, name)
+        weight = _read_weight(holders, family, name)
         if _is_block_linear(name):
             return quantise_nf4(weight.to(device, dtype))
         return weight.to(device, dtype, copy=True)
 
-    return _assemble(folder, ModelConfig.from_hf(config), holders, read)
+    return _assemble(folder, shape, holders, read)
 
 
 def load_quantised(
@@ -400,46 +420,56 @@ def load_quantised(
         raise UserError(
             f"{folder / CONFIG}: quantization_config does not describe bitsandbytes' NF4; take the base model"
         )
-    holders = _holders(folder)
+    shape = ModelConfig.from_hf(config)
+    holders, family = stored_names(folder, shape), shape.family
     dtype = dtype or stored_dtype(folder)
 
     def read(name: str) -> Tensor | NF4Weight:
-        if f"{name}.absmax" not in holders:
-            return _read_tensor(holders, name).to(device, dtype, copy=True)
-        parts = [key for key in holders if key == name or key.startswith(f"{name}.")]
-        return from_bitsandbytes({key: _read_tensor(holders, key).to(device, copy=True) for key in parts}, name)
+        path, _, leaf = name.rpartition(".")
+        stored = f"{stored_path(family, path)}.{leaf}"
+        if f"{stored}.absmax" not in holders:
+            return _read_weight(holders, family, name).to(device, dtype, copy=True)
+        parts = [key for key in holders if key == stored or key.startswith(f"{stored}.")]
+        return from_bitsandbytes({key: _read_tensor(holders, key).to(device, copy=True) for key in parts}, stored)
 
-    return _assemble(folder, ModelConfig.from_hf(config), holders, read)
+    return _assemble(folder, shape, holders, read)
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """The dtype in which a folder holds the embedding, which stands for all that is not quantised."""
-    return _read_tensor(_holders(Path(folder)), "model.embed_tokens.weight").dtype
+    config = read_json(Path(folder) / CONFIG)
+    config.pop("quantization_config", None)
+    shape = ModelConfig.from_hf(config)
+    return _read_weight(stored_names(Path(folder), shape), shape.family, "model.embed_tokens.weight").dtype
 
 
-def _holders(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor of a folder. Rotary frequencies, which old versions stored, are left out."""
-    files = weight_files(folder)
-    return {name: file for file, names in files.items() for name in names if not name.endswith("rotary_emb.inv_freq")}
+Holders = Mapping[str, tuple[Path, str]]  # the file that holds each tensor, and its name there
 
 
-def _read_tensor(holders: Mapping[str, Path], name: str) -> Tensor:
+def _read_weight(holders: Holders, family: str, name: str) -> Tensor:
+    """The model's parameter `name` as the folder holds it, mapped where it is one tensor."""
+    weight = _read_tensor(holders, next(iter(stored_views(family, name, torch.empty(0, 0, device="meta")))))
+    return weight.t() if name.endswith(".weight") and is_transposed(family, name.removesuffix(".weight")) else weight
+
+
+def _read_tensor(holders: Holders, name: str) -> Tensor:
     """One tensor, mapped. The file is opened for each: pages read through a mapping count as memory until it is closed."""
     if name not in holders:
-        raise UserError(f"{next(iter(holders.values())).parent}: the weight {name} of the model is missing")
-    with open_safetensors(holders[name]) as tensors:
-        return tensors.get_tensor(name)
+        raise UserError(f"{next(iter(holders.values()))[0].parent}: the weight {name} of the model is missing")
+    path, found_as = holders[name]
+    with open_safetensors(path) as tensors:
+        return tensors.get_tensor(found_as)
 
 
 def _assemble(
-    folder: Path, config: ModelConfig, holders: Mapping[str, Path], read: Callable[[str], Tensor | NF4Weight]
+    folder: Path, config: ModelConfig, holders: Holders, read: Callable[[str], Tensor | NF4Weight]
 ) -> Transformer:
     """The model with the weights that `read` returns by name, put in one after another."""
     with torch.device("meta"):
         model = Transformer(config)
     parameters = dict(model.named_parameters())
-    known = {*parameters, "lm_head.weight"} if config.tie_word_embeddings else parameters.keys()
-    left_over = [name for name in holders if name not in known and not _is_part_of_nf4(name, holders)]
+    known = {stored: name for name, one in parameters.items() for stored in stored_views(config.family, name, one)}
+    left_over = [name for name in holders if name not in known and not _is_part_of_nf4(name, holders, known)]
     if left_over:
         raise UserError(f"{folder}: {len(left_over)} weights do not belong to the model, {min(left_over)} first")
     for name, parameter in parameters.items():
@@ -447,23 +477,26 @@ def _assemble(
         weight = read(name)
         if tuple(weight.shape) != tuple(parameter.shape):
             shapes = f"{tuple(weight.shape)}, but config.json asks for {tuple(parameter.shape)}"
-            raise UserError(f"{holders[name]}: {name} has the shape {shapes}")
+            raise UserError(f"{folder}: {name} has the shape {shapes}")
         if isinstance(weight, NF4Weight):
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoraLinear(weight, model.kernels.nf4))
+            bias = parameters.get(f"{path}.bias")  # which is read after its weight
+            setattr(model.get_submodule(parent), child, LoraLinear(weight, model.kernels.nf4, bias))
         else:
             setattr(model.get_submodule(path), leaf, nn.Parameter(weight))
     return model
 
 
 def _is_block_linear(name: str) -> bool:
-    return name.removesuffix(".weight").rpartition(".")[2] in BLOCK_LINEARS
+    """Whether the model's parameter `name` is the weight of a linear layer in a block."""
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and path.rpartition(".")[2] in BLOCK_LINEARS
 
 
-def _is_part_of_nf4(name: str, holders: Mapping[str, Path]) -> bool:
+def _is_part_of_nf4(stored: str, holders: Holders, known: Mapping[str, str]) -> bool:
     """Whether it lies beside a 4-bit weight of a block: "….q_proj.weight.absmax" and the like."""
-    weight, _, part = name.partition(".weight.")
-    return bool(part) and _is_block_linear(weight) and f"{weight}.weight.absmax" in holders
+    weight, _, part = stored.partition(".weight.")
+    return bool(part) and _is_block_linear(known.get(f"{weight}.weight", "")) and f"{weight}.weight.absmax" in holders
 
 
 # --------------------------------------------------------------------------------------------------------- 4-bit folders
@@ -472,7 +505,8 @@ def _is_part_of_nf4(name: str, holders: Mapping[str, Path]) -> bool:
 def quantised_state(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """The frozen model under the names that transformers and bitsandbytes load; adapters are not among it.
 
-    names: of these weights of the plain model only, by default of all. ValueError for a model without NF4 layers.
+    names: of these weights of the plain model only, by its own names, by default of all. ValueError for a model without
+    NF4 layers.
     """
     inner = unwrap(model)
     if not is_quantised(inner):
@@ -480,11 +514,12 @@ def quantised_state(model: nn.Module, names: Iterable[str] | None = None) -> dic
     parameters, dtype = dict(inner.named_parameters()), inner.model.embed_tokens.weight.dtype
     state: dict[str, Tensor] = {}
     for name in plain_shapes(inner) if names is None else names:
-        layer = inner.get_submodule(name.removesuffix(".weight"))
-        if isinstance(layer, LoraLinear) and layer.quantised:
-            state |= to_bitsandbytes(layer.nf4_weight(), name, dtype)
+        path, _, leaf = name.rpartition(".")
+        layer = inner.get_submodule(path)
+        if isinstance(layer, LoraLinear) and layer.quantised and leaf == "weight":
+            state |= to_bitsandbytes(layer.nf4_weight(), f"{stored_path(inner.config.family, path)}.weight", dtype)
         else:
-            state[name] = parameters[name].detach()
+            state |= stored_views(inner.config.family, name, parameters[name].detach())
     return state
 
 
@@ -493,10 +528,10 @@ def quantised_config(model: nn.Module) -> dict:
     inner = unwrap(model)
     dtype = inner.model.embed_tokens.weight.dtype
     plain = []
-    for name in plain_shapes(inner):
-        layer = inner.get_submodule(name.removesuffix(".weight"))
-        if _is_block_linear(name) and not (isinstance(layer, LoraLinear) and layer.quantised):
-            plain.append(name.removesuffix(".weight"))
+    for path, stored in block_linears(inner).items():
+        layer = inner.get_submodule(path)
+        if not (isinstance(layer, LoraLinear) and layer.quantised):
+            plain.append(stored)
     double = any(isinstance(m, LoraLinear) and m.quantised and m.code is not None for m in inner.modules())
     return inner.config.to_hf(dtype) | {
         "quantization_config": {

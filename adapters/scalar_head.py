@@ -21,7 +21,8 @@ from errors import UserError
 from families.names import FAMILIES
 from finetune_data.chat_template import SHIPPED, ChatTemplate, load_chat_template
 from kernels.choice import KernelChoice
-from model import ModelConfig, Transformer, load_pretrained, read_json
+from model import Transformer, load_pretrained, read_json
+from model_config import ModelConfig
 
 NEW_PAD_TOKEN = "<|pad|>"
 

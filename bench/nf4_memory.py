@@ -46,7 +46,9 @@ from errors import run_script  # noqa: E402
 from kernels.choice import choose_kernels  # noqa: E402
 from kernels.nf4_linear import nf4_linear_reference  # noqa: E402
 from kernels.rotary import rotary_tables  # noqa: E402
-from model import Shared, Transformer  # noqa: E402
+from layers import Shared  # noqa: E402
+from model import Transformer  # noqa: E402
+from model_config import FULL  # noqa: E402
 
 PARTS = ("mlp", "block")
 WAYS = ("ours", "naive", "peft + bitsandbytes")
@@ -80,7 +82,7 @@ def own_layer(part: str, shape: Shape, way: str, device: torch.device, dtype: to
                 layer.forward = partial(keeping_the_decoded_weight, layer)  # type: ignore[method-assign]
     positions = torch.arange(shape.length, device=device)[None]
     tables = rotary_tables(positions, shape.model.head_dim, shape.model.rope_theta, shape.model.rope_scaling)
-    shared = Shared(*tables, None, None, kernels)
+    shared = Shared({FULL: tables}, {FULL: None}, None, kernels)
     if part == "mlp":
         return block.mlp, lambda x: block.mlp(x, shared)
     return block, lambda x: torch.add(*block(x, None, shared))

@@ -41,7 +41,8 @@ from bench.measure import device_slug, environment, first_line, read_results, sy
 from errors import UserError, run_script  # noqa: E402
 from kernels.choice import choose_kernels  # noqa: E402
 from kernels.jit import why_not_triton  # noqa: E402
-from model import ModelConfig, Transformer, flops_per_token  # noqa: E402
+from model import Transformer, flops_per_token  # noqa: E402
+from model_config import ModelConfig  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from stages.pretrain import Pretrain  # noqa: E402
 from train import Run  # noqa: E402

@@ -26,7 +26,9 @@ from checkpointing.save_folder import (
 )
 from checkpointing.tensors import model_tensors, optimizer_names, parameter_names
 from errors import UserError
+from families.weights import stored_path
 from paths import inside
+from ranks import unwrap
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def load_model(path: str | os.PathLike, model: nn.Module) -> None:
     for file in files:
         with _open_tensors(file) as tensors:
             found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    _check_fit(path, {name: tuple(tensor.shape) for name, tensor in targets.items()}, found)
+    embedding = f"{stored_path(unwrap(model).config.family, 'model.embed_tokens')}.weight"
+    _check_fit(path, {name: tuple(tensor.shape) for name, tensor in targets.items()}, found, embedding)
     for file in files:
         with torch.no_grad(), _open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
@@ -174,14 +177,14 @@ def _open_tensors(file: Path):
         raise UserError(f"{file} cannot be read ({error})") from error
 
 
-def _check_fit(path: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
+def _check_fit(path: Path, wanted: dict[str, tuple], found: dict[str, tuple], embedding: str) -> None:
     """Raise UserError unless names and shapes agree; the vocabulary, the usual cause, comes first."""
     missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     different = [name for name in wanted if name in found and wanted[name] != found[name]]
     problems = [
         f"its vocabulary has {found[name][0]} tokens and the model's {wanted[name][0]}"
         for name in different
-        if "embed_tokens" in name and found[name][0] != wanted[name][0]
+        if name == embedding and found[name][0] != wanted[name][0]
     ]
     if missing:
         problems.append(f"it lacks {_some(missing)}")

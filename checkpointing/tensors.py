@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from families.weights import stored_views
 from ranks import unwrap
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by Hugging Face name, in the model's order; of tied weights only the first.
+    """Parameters and persistent buffers as the family's folder holds them, in the model's order; of tied ones only the first.
+
+    By the folder's names, and as views of the model's, of experts and transposed weights too (families/weights.py).
 
     Raises ValueError for a model that was replaced by its compiled copy: such names load nowhere.
     """
@@ -25,7 +28,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
         if tensor.numel() and identity in seen:
             continue
         seen.add(identity)
-        tensors[name] = tensor
+        tensors |= stored_views(unwrap(model).config.family, name, tensor)
     return tensors
 
 

@@ -3,9 +3,45 @@
 from typing import Any
 
 from errors import UserError
-from families import llama, mistral, qwen3
+from families import (
+    bert,
+    gemma2,
+    gemma3,
+    gpt2,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    modernbert,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    roberta,
+    smollm3,
+)
 
-FAMILIES: dict[str, Any] = {"llama": llama, "qwen3": qwen3, "mistral": mistral}  # modules: CLASS, read, write
+FAMILIES: dict[str, Any] = {  # modules; families/common.py says what each defines
+    "llama": llama,
+    "qwen3": qwen3,
+    "mistral": mistral,
+    "gpt2": gpt2,
+    "qwen2": qwen2,
+    "phi3": phi3,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
+    "smollm3": smollm3,
+    "granite": granite,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "bert": bert,
+    "roberta": roberta,
+    "modernbert": modernbert,
+}
 
 
 def read_config(config: dict) -> dict[str, Any]:

@@ -189,12 +189,14 @@ def response_statistics(
 
     hidden (B, T, H), targets (B, T). Over the ids that can be drawn only: the vocabulary's padding has no probability.
     """
+    states, weight = policy.head_inputs(hidden.flatten(0, 1))
     statistics = token_statistics(
-        hidden.flatten(0, 1),
-        policy.head_weight[:vocab_size],
+        states,
+        weight[:vocab_size],
         targets.flatten(),
         temperature=temperature,
         ignore_index=IGNORE_INDEX,
+        softcap=policy.softcap,
         implementation=policy.kernels.linear_cross_entropy,
     )
     return TokenStatistics(*(figure.view(targets.shape) for figure in statistics))

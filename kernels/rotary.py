@@ -1,7 +1,9 @@
 """By which angle does a token's place turn its queries and keys?
 
 RoFormer (Su et al. 2021), and the ways of stretching it to a longer context that Hugging Face's config.json can name:
-"linear" (Chen et al. 2023), "llama3" (Llama 3.1) and "yarn" (Peng et al. 2023).
+"linear" (Chen et al. 2023), "llama3" (Llama 3.1), "yarn" (Peng et al. 2023), and two that depend on the text's length:
+"dynamic" (NTK scaling) and "longrope" (Ding et al. 2024). transformers takes the longest text of a batch for that length;
+here each document is turned by its own, so that packing and micro-batches change nothing.
 """
 
 import math
@@ -15,30 +17,49 @@ _REQUIRED = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
+    "longrope": {"factor", "short_factor", "long_factor", "original_max_position_embeddings"},
 }
-STRETCHED_FROM = ("llama3", "yarn")  # those that know the context before it was stretched
-_OPTIONAL = {"yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}}
+STRETCHED_FROM = ("llama3", "yarn", "dynamic", "longrope")  # those that know the context before it was stretched
+BY_LENGTH = ("dynamic", "longrope")  # those that turn a long text otherwise than a short one
+_OPTIONAL = {
+    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "longrope": {"attention_factor"},
+}
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, width: int, theta: float, scaling: dict | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, each (B, T, D/2) fp32, for positions (B, T). Shared by all layers of a forward; `rope` applies them.
 
-    Computed from the positions each time: there is no table to grow, to cast with the model or to initialise. Angles
-    stay fp32 under any autocast or model dtype: in bf16 positions beyond 256 would collide.
+    width: D, the channels of a head that turn. lengths, which those of BY_LENGTH need: how many tokens the text of each
+    token has, broadcast to the positions. Computed from the positions each time: there is no table to grow, to cast with
+    the model or to initialise. Angles stay fp32 under any autocast or model dtype: in bf16 positions beyond 256 would
+    collide.
     """
-    inv_freq, factor = rotary_frequencies(head_dim, theta, scaling, positions.device)
+    inv_freq, factor = rotary_frequencies(width, theta, scaling, positions.device, lengths)
     angles = positions[..., None].float() * inv_freq
     return angles.cos() * factor, angles.sin() * factor
 
 
 def rotary_frequencies(
-    head_dim: int, theta: float, scaling: dict | None = None, device: torch.device | str = "cpu"
+    width: int,
+    theta: float,
+    scaling: dict | None = None,
+    device: torch.device | str = "cpu",
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """(D/2,) fp32 radians per position of each pair of channels, and the factor on cos and sin (1 except for YaRN).
+    """fp32 radians per position of each pair of channels, and the factor on cos and sin (1 but for YaRN and LongRoPE).
 
-    In transformers' order of operations, so that both agree to the last bits. `scaling` is one `checked_scaling` gave.
+    (D/2,), or (…, D/2) where they follow from the text's lengths (…). In transformers' order of operations, so that both
+    agree to the last bits. `scaling` is one `checked_scaling` gave.
     """
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    if scaling is not None and scaling["rope_type"] in BY_LENGTH:
+        assert lengths is not None, "the frequencies follow from the texts' lengths"
+        return _by_length(exponents, theta, scaling, lengths[..., None], width)
+    inv_freq = 1.0 / theta**exponents
     if scaling is None:
         return inv_freq, 1.0
     match scaling["rope_type"]:
@@ -47,7 +68,7 @@ def rotary_frequencies(
         case "llama3":
             return _llama3(inv_freq, scaling), 1.0
         case "yarn":
-            return _yarn(inv_freq, scaling, head_dim, theta), _yarn_attention_factor(scaling)
+            return _yarn(inv_freq, scaling, width, theta), _yarn_attention_factor(scaling)
     return inv_freq, 1.0
 
 
@@ -59,7 +80,8 @@ def checked_scaling(scaling: dict, max_position_embeddings: int) -> dict:
     scaling = dict(scaling)
     if kind in STRETCHED_FROM:  # transformers' own default
         scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
-    if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:  # transformers takes what was stretched
+    if kind in ("yarn", "longrope") and scaling.get("factor", 0 if kind == "yarn" else None) is None:
+        # transformers takes what was stretched
         scaling["factor"] = max_position_embeddings / scaling["original_max_position_embeddings"]
     keys = scaling.keys() - {"rope_type"}
     missing = _REQUIRED[kind] - keys
@@ -70,6 +92,34 @@ def checked_scaling(scaling: dict, max_position_embeddings: int) -> dict:
     if not isinstance(scaling["factor"], (int, float)) or scaling["factor"] < 1:
         raise UserError(f"rope_scaling: factor is {scaling['factor']!r}; it must be a number of at least 1")
     return scaling
+
+
+def check_rotary_width(scaling: dict | None, width: int) -> None:
+    """UserError where LongRoPE's lists do not have one factor for each pair of the channels that turn."""
+    for name in ("short_factor", "long_factor"):
+        factors = (scaling or {}).get(name)
+        if factors is not None and (not isinstance(factors, list) or len(factors) != width // 2):
+            has = f"{len(factors)} numbers" if isinstance(factors, list) else repr(factors)
+            raise UserError(f"rope_scaling: {name} is {has}; it must be a list of {width // 2}, one a pair of channels")
+
+
+def _by_length(
+    exponents: Tensor, theta: float, scaling: dict, lengths: Tensor, width: int
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Frequencies (…, D/2) of texts of these lengths (…, 1): LongRoPE's two sets, or a base that grows with the length."""
+    context, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    if scaling["rope_type"] == "dynamic":
+        length = lengths.clamp(min=context).float()
+        base = theta * (factor * length / context - (factor - 1)) ** (width / (width - 2))
+        return 1.0 / base**exponents, 1.0
+    short, long = (
+        1.0 / (torch.tensor(scaling[name], dtype=torch.float32, device=exponents.device) * theta**exponents)
+        for name in ("short_factor", "long_factor")
+    )
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    return torch.where(lengths > context, long, short), attention_factor
 
 
 def _llama3(inv_freq: Tensor, scaling: dict) -> Tensor:

@@ -46,11 +46,13 @@ def sequence_logprobs(model: nn.Module, batch: MicroBatch) -> Tensor:
     """(sequences,) fp32: the sum of log p over each sequence's targets, in nats; 0 for one without. Differentiable."""
     hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
     inner = unwrap(model)
+    states, weight = inner.head_inputs(hidden.flatten(0, 1))  # (B·T, H), (V, H)
     logprobs = token_statistics(
-        hidden.flatten(0, 1),  # (B·T, H)
-        inner.head_weight,
+        states,
+        weight,
         batch.targets.flatten(),
         ignore_index=IGNORE_INDEX,
+        softcap=inner.softcap,
         implementation=inner.kernels.linear_cross_entropy,
     ).logprobs
     return sequence_sums(logprobs.view_as(batch.targets), batch)
@@ -63,7 +65,7 @@ def reference_of(model: nn.Module, batch: MicroBatch) -> Tensor:
     inner = unwrap(model)
     if not any(isinstance(module, LoraLinear) for module in inner.modules()):
         raise ValueError("there is no reference: the model has no adapters and precompute_reference was not called")
-    with torch.no_grad(), adapters_off(inner):
+    with torch.no_grad(), adapters_off(inner), without_dropout(inner):
         return sequence_logprobs(inner, batch)
 
 

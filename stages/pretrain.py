@@ -64,11 +64,13 @@ class Pretrain:
             places = torch.arange(1, batch.input_ids.shape[1] + 1, device=batch.input_ids.device)
             set_token_keys(unwrap(model), mix64(batch.columns[SAMPLE_KEY][:, None] + GOLDEN * places))
         hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
+        states, weight = unwrap(model).head_inputs(hidden.flatten(0, 1))  # (B·T, H), (V, H)
         sums = linear_cross_entropy(
-            hidden.flatten(0, 1),  # (B·T, H)
-            unwrap(model).head_weight,
+            states,
+            weight,
             batch.targets.flatten(),
             ignore_index=IGNORE_INDEX,
+            softcap=unwrap(model).softcap,
             z_loss=self.z_loss,
             implementation=unwrap(model).kernels.linear_cross_entropy,
         )

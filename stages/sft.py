@@ -43,11 +43,13 @@ class SFT:
         use_sample_keys(unwrap(model), batch)
         with self._noise(unwrap(model), batch):
             hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
+        states, weight = unwrap(model).head_inputs(hidden.flatten(0, 1))  # (B·T, H), (V, H)
         sums = linear_cross_entropy(
-            hidden.flatten(0, 1),  # (B·T, H)
-            unwrap(model).head_weight,
+            states,
+            weight,
             batch.targets.flatten(),
             ignore_index=IGNORE_INDEX,
+            softcap=unwrap(model).softcap,
             implementation=unwrap(model).kernels.linear_cross_entropy,
         )
         return sums.total, {"loss": (sums.cross_entropy, batch.weight)}

@@ -20,7 +20,8 @@ from dataprep.tokenizers import load_tokenizer
 from finetune_data.chat_template import load_chat_template
 from finetune_data.chat_tokens import encode_messages
 from finetune_data.examples import Message, read_examples
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from tests.forked import Ended, Forked, start_ranks
 from tools import merge
 from training.loading import load_for_use

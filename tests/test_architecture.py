@@ -14,6 +14,8 @@ LAYERS = [
     {"arguments", "paths", "limits", "ranks"},
     {"kernels"},
     {"families"},
+    {"model_config"},
+    {"layers"},
     {"model"},
     {"dataprep", "checkpointing"},
     {"batches"},

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from errors import UserError
-from model import ModelConfig, load_pretrained
+from model import load_pretrained
+from model_config import ModelConfig
 
 LLAMA3_FIELDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 BASE = {
@@ -213,8 +214,6 @@ REFUSED = {
     "both differ": "rope_theta",
     "linear factor below 1": "factor",
     "yarn originals differ": "original_max_position_embeddings",
-    "dynamic": "dynamic",
-    "longrope": "longrope",
     "partial half": "partial_rotary_factor",
     "partial half nested": "partial_rotary_factor",
 }

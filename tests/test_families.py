@@ -13,16 +13,21 @@ import torch
 from safetensors.torch import save_file
 
 import utils
+from checkpointing.tensors import model_tensors
 from families.names import FAMILIES
-from model import ModelConfig, Transformer, load_pretrained
+from model import Transformer, load_pretrained
+from model_config import ModelConfig
+from tests.family_models import peer_config
 from tests.forked import Forked, start_ranks
+from tests.tiers import grid
 from training.loading import read_shape
 
-PARTS = {
-    "llama": {},
-    "qwen3": {"qk_norm": True},
-    "mistral": {"sliding_window": 9},
-}  # a window far shorter than the rows
+# of each family one; those that differ most run each time
+DECODERS = (
+    "llama", "mistral", "qwen2 windows", "qwen3", "gpt2", "phi3", "phi4 mini", "gemma2", "gemma3", "olmo2", "olmo3", "smollm3",
+    "granite",
+)  # fmt: skip
+QUICK = ("llama", "gpt2", "phi3", "gemma2", "olmo3")
 SFT = "--stage sft --init_from base --train_data chat.jsonl --batch_size 4 --max_length 96 --learning_rate 1e-3 \
     --log_interval 1 --eval_interval 0 --save_interval 2 --keep_checkpoints 0 --device cpu"
 
@@ -32,25 +37,23 @@ def sentence(start: int, count: int) -> str:
     return " ".join(words[(start * 5 + i * 3) % len(words)] for i in range(count))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=grid(DECODERS, QUICK))
 def place(request, tiny_data, tmp_path_factory) -> Path:
     """A folder with a random base of the family, `base`, and examples that are longer than its window."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
     base = folder / "base"
     base.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).write_bytes((tiny_data / name).read_bytes())
-    config = ModelConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, **PARTS[request.param],
-    )  # fmt: skip
+    config = ModelConfig.from_hf(peer_config(request.param, vocab_size=512).to_dict())
     model = Transformer(config)
     model.init_weights(seed=1, zero_residual=False)
     (base / "config.json").write_text(json.dumps(config.to_hf()))
-    save_file(dict(model.state_dict()), base / "model.safetensors", metadata={"format": "pt"})
+    weights = {name: tensor.contiguous() for name, tensor in model_tensors(model).items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     rows = [{"prompt": sentence(i, 6), "completion": sentence(i + 1, 12 + i % 9)} for i in range(24)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read_shape(base).family == request.param
+    assert read_shape(base) == config
     return folder
 
 
@@ -67,7 +70,7 @@ def losses(run: Path) -> list[float]:
 
 def test_a_run_that_stopped_goes_on_as_one_that_did_not(place):
     """Bit for bit, weights and optimizer, from the checkpoint in the middle."""
-    train(place, "--max_steps 4 --save_dir whole")
+    train(place, "--max_steps 4 --save_dir whole --dropout 0.1")
     shutil.copytree(place / "whole", place / "parts")
     shutil.rmtree(place / "parts/checkpoint_step_4")
     train(place, "--save_dir parts --checkpoint latest")
@@ -77,10 +80,12 @@ def test_a_run_that_stopped_goes_on_as_one_that_did_not(place):
 
 
 def test_two_ranks_are_one(place):
-    train(place, "--max_steps 3 --save_dir one")
+    train(place, "--max_steps 3 --save_dir one --dropout 0.1")
     (place / "streams_of").mkdir()
     with contextlib.chdir(place):
-        ranks = start_ranks(place / "streams_of", *f"{SFT} --max_steps 3 --micro_batch_size 1 --save_dir two".split())
+        ranks = start_ranks(
+            place / "streams_of", *f"{SFT} --max_steps 3 --micro_batch_size 1 --save_dir two --dropout 0.1".split()
+        )
     assert [rank.wait().code for rank in ranks] == [0, 0]
     assert losses(place / "two") == pytest.approx(losses(place / "one"), rel=1e-5)
 
@@ -91,7 +96,7 @@ def test_what_was_trained_is_the_familys_own_folder(place):
     train(place, "--max_steps 2 --save_dir saved")
     folder = place / "saved/checkpoint_step_2"
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert type(peer).__name__.lower() == f"{read_shape(folder).family}forcausallm"
+    assert type(peer).__name__ == FAMILIES[read_shape(folder).family].ARCHITECTURE
     ids = torch.randint(0, 400, (2, 60), generator=torch.Generator().manual_seed(0))
     ours = load_pretrained(folder)
     with torch.no_grad():
@@ -102,7 +107,7 @@ def test_what_was_trained_is_the_familys_own_folder(place):
 def test_adapters_learn_and_are_merged(place, bits):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     run = f"lora{len(bits)}"
-    train(place, f"--lora --lora_r 4 {bits} --max_steps 12 --learning_rate 1e-2 --save_dir {run}")
+    train(place, f"--lora --lora_r 4 {bits} --max_steps 20 --learning_rate 1e-2 --save_dir {run}")
     first, last = losses(place / run)[0], losses(place / run)[-3:]
     assert sum(last) / 3 < first - 0.2
     merged = place / f"merged{len(bits)}"
@@ -112,7 +117,8 @@ def test_adapters_learn_and_are_merged(place, bits):
         return
     ids = torch.randint(0, 400, (1, 40), generator=torch.Generator().manual_seed(0))
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
-    theirs = peft.PeftModel.from_pretrained(base, place / run / "checkpoint_step_12")
+    theirs = peft.PeftModel.from_pretrained(base, place / run / "checkpoint_step_20")
     ours = load_pretrained(merged)
-    with torch.no_grad():
-        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=0)
+    with torch.no_grad():  # the learning rate is high: what was learned makes logits of ten and more
+        expected = theirs(ids).logits
+        torch.testing.assert_close(ours.logits(ours(ids)), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)

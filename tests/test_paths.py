@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from checkpointing.load import load_model
 from dataprep.shards import DATASET_FOLDER, open_split, verify_dataset
 from errors import UserError
-from model import load_pretrained
+from model import Transformer, load_pretrained
+from model_config import ModelConfig
 from paths import inside
 from training.standing import folder_digests
 
@@ -110,7 +111,7 @@ def test_no_reader_follows_it(place, how, secret, tmp_path, tiny_data):
     read = {
         "a model's index": load_pretrained,
         "an index under a digest": folder_digests,
-        "a checkpoint's index": lambda folder: load_model(folder, torch.nn.Linear(1, 1)),
+        "a checkpoint's index": lambda folder: load_model(folder, Transformer(ModelConfig(8, 8, 8, 1, 2))),
     }[place]
     with pytest.raises(UserError, match=r"index\.json names"):
         read(folder)

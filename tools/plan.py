@@ -24,7 +24,7 @@ from finetune_data.chat_template import load_chat_template
 from finetune_data.encoding_examples import encode_example
 from finetune_data.example_shards import FORMATS
 from finetune_data.examples import read_examples
-from model import ModelConfig
+from model_config import ModelConfig
 from ranks import choose_device
 from training.config import TrainConfig, add_options, refuse_unread, resolve_config
 from training.loading import find_base, read_shape, reward_adapter

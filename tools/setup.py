@@ -352,7 +352,8 @@ def losses_around_a_step(device: "torch.device") -> tuple[float, float]:
     import torch
 
     from kernels.linear_cross_entropy import linear_cross_entropy
-    from model import ModelConfig, Transformer
+    from model import Transformer
+    from model_config import ModelConfig
     from training.optimizers import build_optimizers
     from training.precision import choose_precision
 
@@ -371,7 +372,7 @@ def losses_around_a_step(device: "torch.device") -> tuple[float, float]:
         with precision.autocast(device):
             hidden = model(tokens[:, :-1], cu_seqlens=documents)
             targets = tokens[:, 1:].reshape(-1)
-            return linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets).total / targets.numel()
+            return linear_cross_entropy(*model.head_inputs(hidden.flatten(0, 1)), targets).total / targets.numel()
 
     before = loss()
     before.backward()

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from adapters.actor_critic import POLICY_ADAPTER, REWARD_ADAPTER, REWARD_HEAD, VALUE_ADAPTER, ActorCritic, new_critic
 from adapters.lora import (
-    BLOCK_LINEARS,
     LoraLinear,
     add_adapters,
     quantise_layers,
@@ -25,7 +24,8 @@ from checkpointing.safetensors_writer import safetensors_chunks
 from checkpointing.save_folder import ADAPTER_CONFIG, list_checkpoints
 from errors import UserError
 from kernels.choice import KernelChoice
-from model import ModelConfig, Transformer, read_json
+from model import Transformer, read_json
+from model_config import ModelConfig
 from ranks import unwrap
 from training.config import TrainConfig
 from training.optimizers import build_optimizers
@@ -107,6 +107,7 @@ def build_model(
         plain.to_empty(device=device)
         if checkpoint is None:
             plain.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
+    plain.dropout = config.dropout
     model: Transformer | ActorCritic = plain
     if config.lora:
         assert base is not None
@@ -129,7 +130,7 @@ def _with_adapters(config: TrainConfig, model: Transformer, base: Path, rows: in
             continue
         add_adapters(
             model, rank=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, rslora=config.rslora,
-            dora=config.dora, targets=lora_targets(config), seed=config.seed, name=name,
+            dora=config.dora, targets=config.lora_target_modules, seed=config.seed, name=name,
             rows=None if ppo else rows,  # measured ways keep one set of active adapters at hand, and PPO's alternate
         )  # fmt: skip
     head = None
@@ -217,11 +218,6 @@ def _load_parts(config: TrainConfig, model: Transformer | ActorCritic, checkpoin
     for name, tensor in targets.items():
         tensor.copy_(found[name])
     store_learned(policy)
-
-
-def lora_targets(config: TrainConfig) -> tuple[str, ...]:
-    """The layers that --lora_target_modules names."""
-    return BLOCK_LINEARS if config.lora_target_modules == ["all-linear"] else tuple(config.lora_target_modules)
 
 
 def make_optimizers(

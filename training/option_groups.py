@@ -247,6 +247,7 @@ class OptimizationOptions:
     decay_fraction: float = option("share of the run over which wsd decays", 0.5, bound=A_SHARE, read_by=Runs("--schedule wsd", lambda c: c.schedule == "wsd"))
     min_lr_fraction: float = option("the last step's learning rate as a fraction of the peak", 0.0, bound=A_SHARE)
     optimizer: str = option("muon (matrices of the blocks; AdamW for the rest) or adamw, which fine-tuning takes", "muon", choices=OPTIMIZERS)
+    dropout: float = option("share of the activations zeroed after the embedding and after each attention and MLP, the same for the same samples however they are batched; attention's probabilities are left whole", 0.0, bound=BELOW_ONE, read_by=Runs("stages that learn from given text, whose answers are not drawn", lambda c: c.stage not in ("grpo", "ppo")))
     weight_decay: float = option("decoupled decay on matrices; norms and embeddings have none; 0 in fine-tuning", 0.1, bound=NOT_NEGATIVE)
     beta1: float = option("AdamW: decay of the first moment", 0.9, bound=BELOW_ONE)
     beta2: float = option("AdamW: decay of the second moment", 0.95, bound=BELOW_ONE)

@@ -10,9 +10,14 @@ flight, DDP's buckets, fragmentation, compilation, evaluation, and the data, whi
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from adapters.lora import ALL_LINEAR, block_linears
 from adapters.token_rows import padded
+from errors import UserError
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
-from model import ModelConfig, ParameterCount, count_parameters, flops_per_token
+from model import ParameterCount, Transformer, count_parameters, flops_per_token
+from model_config import ModelConfig
 from training.config import TrainConfig
 
 GIB = 2**30
@@ -81,6 +86,11 @@ def grown(shape: ModelConfig, max_length: int, vocab_size: int) -> ModelConfig:
     """The shape of a base, with room for rows of `max_length` tokens and for `vocab_size` ids."""
     num_rows = shape.vocab_size if vocab_size <= shape.vocab_size else padded(vocab_size)
     positions = max(shape.max_position_embeddings, max_length)
+    if shape.position_embedding == "learned" and positions > shape.max_position_embeddings:
+        raise UserError(
+            f"rows of {max_length} tokens are longer than the {shape.max_position_embeddings} positions that the base has "
+            "learned; lower --max_length"
+        )
     return replace(shape, max_position_embeddings=positions, vocab_size=num_rows)
 
 
@@ -171,7 +181,7 @@ def learning_flops(config: TrainConfig, model: ModelConfig, length: float) -> fl
     forward passes for the log-probabilities of a reference, of the policy that drew, and of KTO's KL, not decoding NF4.
     That the first layer's q, k and v need no gradient of their input, where the embedding is frozen, is not deducted.
     """
-    head = model.vocab_size * model.hidden_size
+    head = _head_parameters(model)
 
     def of_model(matrices: float) -> float:
         attention = 12.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
@@ -238,17 +248,22 @@ def _kept_per_token(model: ModelConfig) -> int:
     return 5 * model.hidden_size + 3 * query + 3 * key_value + 4 * model.intermediate_size
 
 
+def _head_parameters(model: ModelConfig) -> int:
+    return model.vocab_size * model.hidden_size
+
+
 def _scorer_parameters(model: ModelConfig) -> int:
     """Of a reward model or critic: one row in place of the head."""
     parameters = count_parameters(model)
-    return parameters.total - (0 if model.tie_word_embeddings else parameters.embedding) + model.hidden_size
+    return parameters.total - (0 if model.tie_word_embeddings else _head_parameters(model)) + model.hidden_size
 
 
 def _state_bytes(config: TrainConfig, model: ModelConfig, learning: int, models: int) -> int:
     if config.optimizer != "muon":
         return learning * _ADAMW_STATE_BYTES
     parameters = count_parameters(model)
-    matrices = models * (parameters.total - parameters.embedding * (1 if model.tie_word_embeddings else 2))
+    head = 0 if model.tie_word_embeddings else _head_parameters(model)
+    matrices = models * (parameters.total - parameters.embedding - head)
     return matrices * _MUON_STATE_BYTES + (learning - matrices) * _ADAMW_STATE_BYTES
 
 
@@ -256,21 +271,22 @@ def _frozen_bytes(config: TrainConfig, model: ModelConfig, weights: int, width: 
     """Beside adapters the weights are in the compute dtype or, in the blocks, NF4."""
     if not config.load_in_4bit:
         return float(width * weights)
-    embedding = count_parameters(model).embedding
-    outside = embedding * (1 if model.tie_word_embeddings or config.stage == "reward" else 2)
+    outside = count_parameters(model).embedding
+    if not (model.tie_word_embeddings or config.stage == "reward"):
+        outside += _head_parameters(model)
     return outside * float(width) + (weights - outside) * _NF4_BYTES
 
 
 def count_adapter_parameters(config: TrainConfig, model: ModelConfig) -> int:
     """rank · (inputs + outputs) of every layer that gets an adapter."""
-    query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    hidden, mlp = model.hidden_size, model.intermediate_size
-    sizes = {
-        "q_proj": hidden + query, "k_proj": hidden + key_value, "v_proj": hidden + key_value, "o_proj": query + hidden,
-        "gate_proj": hidden + mlp, "up_proj": hidden + mlp, "down_proj": mlp + hidden,
-    }  # fmt: skip
-    targets = sizes if config.lora_target_modules == ["all-linear"] else config.lora_target_modules
-    return config.lora_r * model.num_hidden_layers * sum(sizes[name] for name in targets if name in sizes)
+    with torch.device("meta"):
+        plain = Transformer(model)
+    targets = config.lora_target_modules
+    total = 0
+    for path, stored in block_linears(plain).items():
+        if ALL_LINEAR in targets or any(stored.endswith(f".{target}") for target in targets):
+            total += config.lora_r * sum(plain.get_parameter(f"{path}.weight").shape)
+    return total
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -20,13 +20,15 @@ from adapters.lora import (
     join_projections,
     merged_state,
     store_after_steps,
+    target_names,
 )
 from errors import UserError
 from kernels.choice import KernelChoice
 from kernels.jit import why_not_triton
 from kernels.lora_linear import device_name
 from kernels.nf4 import dequantise_nf4, quantise_nf4
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from training.optimizers import build_optimizers
 
 RANK, ALPHA = 4, 6.0
@@ -184,7 +186,8 @@ def test_a_target_that_no_block_has_is_named():
 def test_all_linear_means_the_blocks_and_never_the_head(targets):
     model = a_model()
     add_adapters(model, targets=targets)
-    assert {path.rpartition(".")[2] for path in lora_layers(model)} == set(BLOCK_LINEARS)
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {path.rpartition(".")[2] for path in lora_layers(model)} == names == set(target_names(model))
     assert len(lora_layers(model)) == 2 * 7 and type(model.lm_head) is torch.nn.Linear
     assert not model.lm_head.weight.requires_grad and not model.model.embed_tokens.weight.requires_grad
 

@@ -12,7 +12,15 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adapters.lora import BLOCK_LINEARS, LoraLinear, adapter_settings, adapters_active, add_adapters, merged_state
+from adapters.lora import (
+    BLOCK_LINEARS,
+    LoraLinear,
+    adapter_settings,
+    adapters_active,
+    add_adapters,
+    merged_state,
+    target_names,
+)
 from adapters.peft_files import (
     adapter_config,
     adapter_state,
@@ -30,7 +38,8 @@ from adapters.peft_files import (
 from adapters.scalar_head import RewardModel
 from errors import UserError
 from kernels.nf4 import dequantise_nf4, quantise_nf4
-from model import ModelConfig, Transformer, load_pretrained
+from model import Transformer, load_pretrained
+from model_config import ModelConfig
 
 # bitsandbytes 0.50's CPU decoder is wrong for widths that are multiples of 16 but not of 64; so all widths here are
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -388,7 +397,7 @@ def test_only_block_linears_are_quantised_and_other_4_bit_formats_are_refused(ba
     model = load_base(base, quantise="nf4", dtype=torch.bfloat16)
     state = quantised_state(model)
     packed = {name for name in state if f"{name}.absmax" in state}
-    assert {name.split(".")[-2] for name in packed} == set(BLOCK_LINEARS) and len(packed) == 14
+    assert {name.split(".")[-2] for name in packed} == set(target_names(model)) and len(packed) == 14
     plain = {name for name in state if "_proj" not in name}
     assert {state[name].dtype for name in plain} == {torch.bfloat16} and "lm_head.weight" in plain
     with pytest.raises(ValueError, match="no 4-bit layers"):

@@ -13,7 +13,8 @@ from adapters.scalar_head import RewardModel, padding_files
 from checkpointing.save import save_checkpoint
 from checkpointing.tensors import model_tensors
 from errors import UserError
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 
 EOS, VOCABULARY = 2, 97
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -6,7 +6,8 @@ import torch
 
 from batches.micro_batch import IGNORE_INDEX
 from batches.packing import Sequence, pack, sequence_sums
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 
 
 def sequences(*lengths: int, seed=0) -> list[Sequence]:

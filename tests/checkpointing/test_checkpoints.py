@@ -16,7 +16,8 @@ from checkpointing.save import MAX_SHARD_BYTES, SaveResult, mark_best, save_chec
 from checkpointing.save_folder import list_checkpoints, verify_checkpoint
 from checkpointing.tensors import model_tensors, optimizer_tensors, rng_state, set_rng_state
 from errors import UserError
-from model import ModelConfig, Transformer, load_pretrained
+from model import Transformer, load_pretrained
+from model_config import ModelConfig
 from ranks import unwrap
 from tests.ranks import run_ranks
 from training.optimizers import build_optimizers

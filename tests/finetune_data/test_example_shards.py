@@ -26,7 +26,8 @@ from finetune_data.chat_template import load_chat_template
 from finetune_data.encoding_examples import encode_example
 from finetune_data.example_shards import ExampleOptions, ExampleShards, prepare_examples
 from finetune_data.examples import read_examples
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from ranks import Ranks
 from stages.build import build_stage, open_stage_data
 from training.config import TrainConfig

@@ -20,7 +20,8 @@ from generation.rollouts import (
     roll_out,
     uniform,
 )
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from ranks import Ranks
 from tests.ranks import run_ranks
 

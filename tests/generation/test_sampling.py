@@ -14,7 +14,8 @@ from adapters.peft_files import load_base
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
 from generation.sampling import TextDecoder, generate, probabilities, stream_ids, stream_text
-from model import ModelConfig, Transformer, load_pretrained
+from model import Transformer, load_pretrained
+from model_config import ModelConfig
 
 CONTEXT = 48
 # bytes of these characters are spread over tokens, because the vocabulary of 400 has no such character whole

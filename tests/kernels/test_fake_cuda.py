@@ -22,7 +22,8 @@ from kernels.attention_backends import choose_attention
 from kernels.choice import KernelChoice, choose_kernels
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.lora_linear import PATHS
-from model import KVCache, ModelConfig, Transformer
+from model import KVCache, Transformer
+from model_config import ModelConfig
 from training.optimizers import build_optimizers
 from training.precision import LossScaler, Precision, choose_precision
 

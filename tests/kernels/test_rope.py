@@ -78,6 +78,12 @@ SCALINGS = [
     {"rope_type": "linear", "factor": 4.0},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + i / 8 for i in range(16)],
+        "long_factor": [2.0 + i for i in range(16)],
+    },
 ]
 
 
@@ -88,7 +94,8 @@ def test_tables_and_reference_are_transformers_to_the_last_bit(scaling):
 
     scaling = scaling and checked_scaling(scaling, max_position_embeddings=128)
     positions = torch.tensor([[0, 1, 2, 3, 500, 100_000], [7, 8, 0, 1, 2, 127]])
-    cos, sin = rotary_tables(positions, head_dim=32, theta=10000.0, scaling=scaling)
+    lengths = torch.full_like(positions, 100_001)  # transformers takes the longest of the batch for every text
+    cos, sin = rotary_tables(positions, width=32, theta=10000.0, scaling=scaling, lengths=lengths)
     assert cos.shape == sin.shape == (2, 6, 16)
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=128, rope_theta=10000.0,

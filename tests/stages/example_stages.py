@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from adapters.lora import LoraLinear, add_adapters
 from batches.packing import Sequence
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from ranks import Ranks, unwrap
 from training.examples_data import ExampleData, ExampleFeed
 from training.parallel import gradient_sync

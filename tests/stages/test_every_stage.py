@@ -21,7 +21,8 @@ from tokenizers import models, pre_tokenizers
 from adapters.lora import AdapterSettings, adapter_settings, is_quantised
 from adapters.scalar_head import RewardModel
 from arguments import ArgumentParser
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from ranks import Ranks, unwrap
 from stages.build import open_stage_data
 from tests.ranks import run_ranks

@@ -14,7 +14,8 @@ from adapters.lora import adapters_off, add_adapters
 from batches.micro_batch import IGNORE_INDEX
 from errors import UserError
 from generation.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from ranks import Ranks
 from stages.grpo import CLIPS, GRPO
 from stages.rewards import Reward

@@ -14,7 +14,8 @@ from batches.micro_batch import IGNORE_INDEX
 from batches.packing import Sequence, pack
 from errors import UserError
 from generation.rollouts import Prompt, RolloutSchedule, Sampling, roll_out
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from ranks import Ranks
 from stages.ppo import PPO
 from stages.rewards import Reward

@@ -14,7 +14,8 @@ from adapters.actor_critic import scores_of
 from adapters.scalar_head import RewardModel
 from errors import UserError
 from generation.rollouts import Prompt, Rollout, Sampling
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from ranks import Ranks
 from stages.rewards import (
     CallTimeout,

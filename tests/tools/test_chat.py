@@ -20,7 +20,8 @@ from finetune_data.chat_template import load_chat_template
 from finetune_data.chat_tokens import encode_messages
 from finetune_data.examples import Message
 from generation.sampling import generate
-from model import ModelConfig, Transformer, load_pretrained
+from model import Transformer, load_pretrained
+from model_config import ModelConfig
 from tools import chat
 from training.optimizers import build_optimizers
 

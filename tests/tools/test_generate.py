@@ -17,7 +17,8 @@ from checkpointing.save import save_checkpoint
 from dataprep.tokenizers import TOKENIZER_FILES, load_tokenizer
 from errors import UserError
 from generation.sampling import generate
-from model import ModelConfig, Transformer, load_pretrained
+from model import Transformer, load_pretrained
+from model_config import ModelConfig
 from training.optimizers import build_optimizers
 
 CONTEXT = 64

@@ -17,7 +17,8 @@ from adapters.peft_files import load_base, save_adapter, save_quantised
 from adapters.scalar_head import RewardModel
 from arguments import ArgumentParser
 from errors import UserError
-from model import ModelConfig, Transformer, load_pretrained
+from model import Transformer, load_pretrained
+from model_config import ModelConfig
 
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(5))
 

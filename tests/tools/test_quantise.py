@@ -8,7 +8,8 @@ import torch
 
 from adapters.peft_files import load_base
 from checkpointing.save import save_checkpoint
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from tools import quantise
 
 

@@ -8,7 +8,8 @@ import pytest
 import utils
 from checkpointing.save import save_checkpoint
 from errors import UserError
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from training.optimizers import build_optimizers
 
 

@@ -12,7 +12,8 @@ from adapters.peft_files import save_adapter
 from adapters.scalar_head import RewardModel
 from errors import UserError
 from kernels.choice import KernelChoice
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from training.config import TrainConfig
 from training.loading import build_model, read_shape
 from training.precision import choose_precision

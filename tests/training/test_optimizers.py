@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import ModelConfig, Transformer
+from model import Transformer
+from model_config import ModelConfig
 from tests.ranks import run_ranks
 from training.optimizers import NEWTON_SCHULZ_COEFFICIENTS, Muon, build_optimizers, orthogonalize
 
