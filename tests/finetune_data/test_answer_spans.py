@@ -168,7 +168,7 @@ def test_a_model_that_is_right_gives_the_answers_exact_characters(family, reques
     layout = find_layout(tokenizer, causal=family == "decoder")
     odd = [
         Question("o", "who?", CONTEXT, ((text, CONTEXT.index(text)),), "")
-        for text in ("Geneva", "Anna Müller (née Élan)", "The committee", "president.")
+        for text in ("Geneva", "Anna Müller (née Élan)", "née Élan", "The committee", "president.")
     ]
     questions = [*odd, *random_questions(random_texts(90, 4)), Question("n", "who?", CONTEXT * 5, (), "")]
     encoded = encode_questions(tokenizer, layout, questions, max_length=150, doc_stride=60)
