@@ -128,6 +128,16 @@ class Tokenizer:
         """`encode` of many texts."""
         return [one.ids for one in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_batch_with_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each text what `encode` gives, (n,) int32, and which characters [start, end) each id stands for, (n, 2) int32.
+
+        A byte-level piece has the space before its word among its characters; the pieces of one character each have all of it.
+        """
+        encoded = self._plain.encode_batch(texts, add_special_tokens=False)
+        return [
+            (np.array(one.ids, dtype=np.int32), np.array(one.offsets, dtype=np.int32).reshape(-1, 2)) for one in encoded
+        ]
+
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """The text of `ids`; special tokens are left out unless `skip_special` is False."""
         return self._hf.decode([int(i) for i in ids], skip_special_tokens=skip_special)
