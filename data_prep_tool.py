@@ -55,7 +55,7 @@ def add_tokenizer_flags(group: Any) -> None:
         "--tokenizer_type",
         choices=TOKENIZER_TYPES,
         default="bpe",
-        help="bpe: byte-level, trained here; wordpiece: trained here, loses text; tiktoken: --tiktoken_encoding; "
+        help="bpe: byte-level, trained here; wordpiece: BERT's, trained here, loses text; tiktoken: --tiktoken_encoding; "
         "existing: --tokenizer_dir",
     )
     group.add_argument("--vocab_size", type=int, help="ids of a tokenizer trained here, at most (default: 32000)")
@@ -69,13 +69,25 @@ def add_tokenizer_flags(group: Any) -> None:
         "--tiktoken_encoding", choices=list(TIKTOKEN_PATTERNS), default="gpt2", help="encoding of tiktoken"
     )
     group.add_argument("--tokenizer_dir", type=Path, help="folder with the tokenizer.json of an existing tokenizer")
-    group.add_argument("--eos_token", help="token that ends a document (default: <|endoftext|>, or the existing one's)")
+    group.add_argument(
+        "--lowercase", action="store_true", help="wordpiece: letters without case and accents, as BERT's uncased models"
+    )
+    group.add_argument(
+        "--eos_token",
+        help="token that ends a document (default: <|endoftext|>; of an encoder [SEP]; or the existing one's)",
+    )
+    group.add_argument(
+        "--encoder_tokens",
+        action="store_true",
+        help="bpe: the special tokens of an encoder, [PAD] [UNK] [CLS] [SEP] [MASK], instead of those of chats "
+        "(wordpiece has them anyway)",
+    )
     group.add_argument(
         "--special_tokens",
         nargs="*",
         metavar="TOKEN",
         help="special tokens of a tokenizer trained here, beside the end of text and padding (default: those of chats, "
-        "reasoning and tool calls, and reserved ones to 32 in all: docs/data.md)",
+        "reasoning and tool calls, and reserved ones to 32 in all: docs/data.md; of an encoder none)",
     )
     group.add_argument(
         "--tokenizer_train_bytes",

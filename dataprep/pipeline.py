@@ -91,6 +91,8 @@ class Options:
     text_key: str = "text"
     eos_token: str | None = None
     special_tokens: tuple[str, ...] | None = None
+    encoder_tokens: bool = False
+    lowercase: bool = False
     tokenizer_train_bytes: int = 200_000_000
     shard_tokens: int = 256_000_000
     overwrite: bool = False
@@ -101,6 +103,16 @@ class Options:
         """The folder of --tokenizer_type existing; `check_options` asks for it."""
         assert self.tokenizer_dir is not None
         return self.tokenizer_dir
+
+    @property
+    def for_encoder(self) -> bool:
+        """Whether a tokenizer trained here has BERT's special tokens."""
+        return self.encoder_tokens or self.tokenizer_type == "wordpiece"
+
+    @property
+    def end_of_text(self) -> str:
+        """Of a tokenizer trained here."""
+        return self.eos_token or ("[SEP]" if self.for_encoder else DEFAULT_EOS)
 
     def recorded(self) -> dict[str, Any]:
         """The options that the output depends on: no paths and no worker counts."""
@@ -113,8 +125,13 @@ class Options:
         }[self.tokenizer_type]
         options = {name: getattr(self, name) for name in (*common, *trained)}
         if self.tokenizer_type in TRAINED:
-            options["eos_token"] = self.eos_token or DEFAULT_EOS
+            options["eos_token"] = self.end_of_text
             options["special_tokens"] = None if self.special_tokens is None else list(self.special_tokens)
+            # None, not False, as datasets have it that were made before these options were there
+            if self.tokenizer_type == "wordpiece":
+                options["lowercase"] = self.lowercase or None
+            else:
+                options["encoder_tokens"] = self.encoder_tokens or None
         options["text_extensions"] = sorted(extension.lower() for extension in self.text_extensions)
         if self.tokenizer_type == "existing":
             options["tokenizer_sha256"] = tokenizer_sha256(self.existing_tokenizer)
@@ -137,12 +154,25 @@ def check_options(options: Options) -> None:
             raise UserError(f"--{name} must be at least 1")
     if options.tokenizer_type in TRAINED:
         specials_of(
-            options.tokenizer_type, options.vocab_size, options.eos_token or DEFAULT_EOS, options.special_tokens
+            options.tokenizer_type,
+            options.vocab_size,
+            options.end_of_text,
+            options.special_tokens,
+            options.for_encoder,
         )
     elif options.special_tokens is not None:
         raise UserError(
             f"--special_tokens belongs to tokenizers that are trained here, and --tokenizer_type is {options.tokenizer_type}; "
             "train.py --stage sft --add_chat_tokens gives a model's tokenizer those of its chat template"
+        )
+    if options.encoder_tokens and options.tokenizer_type not in TRAINED:
+        raise UserError(
+            f"--encoder_tokens belongs to tokenizers that are trained here, and --tokenizer_type is {options.tokenizer_type}; "
+            "leave it out"
+        )
+    if options.lowercase and options.tokenizer_type != "wordpiece":
+        raise UserError(
+            f"--lowercase belongs to --tokenizer_type wordpiece, and it is {options.tokenizer_type}; leave it out"
         )
     if (options.tokenizer_type == "existing") != (options.tokenizer_dir is not None):
         raise UserError("--tokenizer_dir DIR and --tokenizer_type existing go together; give both or neither")
@@ -342,6 +372,7 @@ def _tokenizer(state: Path, plan: Plan, options: Options, progress: Progress) ->
         note = f" (the text has no more that occur twice; --vocab_size {options.vocab_size:,} needs more text)"
     progress.say(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} ids{note}")
     if tokenizer.kind == "wordpiece":
+        # so its text is not compared with what was read, as that of a byte-level BPE could be
         progress.say("warning: WordPiece loses text (spaces, unknown characters); for a model that writes, use bpe")
     return tokenizer
 
@@ -357,7 +388,6 @@ def _make_tokenizer(plan: Plan, options: Options, progress: Progress) -> dict[st
     limit = options.tokenizer_train_bytes
     total = min(limit, sum(file.size for file in plan.files))
     progress.say(f"tokenizer: training {kind}, {options.vocab_size:,} ids, on {megabytes(total)} of the text")
-    eos_token = options.eos_token or DEFAULT_EOS
     started = time.monotonic()
 
     def documents() -> Iterator[str]:
@@ -370,12 +400,12 @@ def _make_tokenizer(plan: Plan, options: Options, progress: Progress) -> dict[st
             progress.show("tokenizer", seen, total, started)
 
     common: dict[str, Any] = {
-        "vocab_size": options.vocab_size, "eos_token": eos_token, "max_length": max_length, "chosen": options.special_tokens,
-        "say": progress.say,
+        "vocab_size": options.vocab_size, "eos_token": options.end_of_text, "max_length": max_length,
+        "chosen": options.special_tokens, "say": progress.say,
     }  # fmt: skip
     if kind == "wordpiece":
-        return train_wordpiece(documents, **common)
-    return train_bpe(documents, pretokenizer=options.pretokenizer, **common)
+        return train_wordpiece(documents, lowercase=options.lowercase, **common)
+    return train_bpe(documents, pretokenizer=options.pretokenizer, encoder_tokens=options.encoder_tokens, **common)
 
 
 def _existing_tokenizer(options: Options) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
 """Which special tokens does a tokenizer have, and how does one that lacks those of its chat template get them?
 
 A tokenizer trained here knows them from its first id on (docs/data.md has the table): the end of text and padding, what
-ChatML puts around turns, the marks inside a turn, and reserved ones, for whoever needs one later, up to 32 in all.
+ChatML puts around turns, the marks inside a turn, and reserved ones, for whoever needs one later, up to 32 in all. One for
+encoders knows BERT's five instead, of which [SEP] ends documents.
 The marks are not special to a decoder, so that an answer is shown with its reasoning and its calls; text that spells
 them becomes them as little as any other.
 """
@@ -20,6 +21,7 @@ from dataprep.tokenizers import MARKS_KEY, Tokenizer
 from errors import UserError
 
 PAD = "<|pad|>"
+ENCODER_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of their ids (Devlin et al. 2019)
 TURNS = ("<|im_start|>", "<|im_end|>")
 MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 NUM_SPECIAL = 32

@@ -30,6 +30,11 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # byte fallback's
 # in tokenizer_config.json, where transformers keeps keys that it does not know
 _KIND_KEY = "groundup_tokenizer_type"
 MARKS_KEY = "groundup_marks"  # added tokens that a decoder shows, and that text still never becomes
+# What BERT's and RoBERTa's tokenizer classes take for granted, so that their tokenizer_config.json may leave it out.
+_ENCODER_ROLES: tuple[dict[str, str], ...] = (
+    {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]"},
+    {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "pad": "<pad>"},
+)
 
 
 def load_tokenizer(folder: str | Path, *, lazy: bool = False) -> "Tokenizer":
@@ -62,6 +67,8 @@ class Tokenizer:
     vocab_size:   number of ids, that is the largest id + 1 (tiktoken's encodings leave gaps)
     eos_token, eos_token_id: the token that ends every document
     pad_token_id: of a token for padding alone, or None
+    cls_token_id, sep_token_id, mask_token_id: of an encoder's tokenizer, else None
+    special_ids:  frozenset of the ids of special_tokens
     special_tokens: those that no text becomes
     sha256:       of tokenizer.json
     kind:         "bpe", "wordpiece", "tiktoken", or the lower-case model type of a tokenizer from elsewhere
@@ -82,14 +89,23 @@ class Tokenizer:
         except (KeyError, TypeError, AttributeError) as error:
             raise self._unreadable(error) from None
         self.vocab_size: int = max(self._vocabulary.values()) + 1
-        self.eos_token: str = _find_eos(config, self._vocabulary, path)
+        roles = {role: _content(config.get(f"{role}_token")) for role in ("bos", "eos", "pad", "cls", "sep", "mask")}
+        for names in _ENCODER_ROLES:
+            if names["mask"] in marked:
+                roles |= {role: name for role, name in names.items() if roles[role] is None}
+                roles["eos"] = roles["eos"] or roles["sep"]
+        self.eos_token: str = _find_eos(roles["eos"], self._vocabulary, path)
         self.eos_token_id: int = self._vocabulary[self.eos_token]
-        roles = {role: _content(config.get(f"{role}_token")) for role in ("bos", "eos", "pad")}
         named = {*roles.values(), *config.get(MARKS_KEY, ())} - {None}
         self.special_tokens: frozenset[str] = frozenset(marked | named | {self.eos_token})
-        self._special_ids = {self._vocabulary[token] for token in self.special_tokens if token in self._vocabulary}
+        self.special_ids: frozenset[int] = frozenset(
+            self._vocabulary[token] for token in self.special_tokens if token in self._vocabulary
+        )
         pad = self._vocabulary.get(roles["pad"])
         self.pad_token_id: int | None = None if roles["pad"] in (self.eos_token, roles["bos"]) else pad
+        self.cls_token_id, self.sep_token_id, self.mask_token_id = (
+            self._vocabulary.get(roles[role]) for role in ("cls", "sep", "mask")
+        )
 
     @classmethod
     def of_files(cls, files: dict[str, bytes], path: Path) -> "Tokenizer":
@@ -156,7 +172,7 @@ class Tokenizer:
         prefix = self.definition["model"].get("continuing_subword_prefix") or ""
         spaced = uses_metaspace(self.definition)
         for token, index in self._vocabulary.items():
-            if index in self._special_ids:
+            if index in self.special_ids:
                 continue
             if index in literal:
                 lengths[index] = len(token.encode())
@@ -168,6 +184,29 @@ class Tokenizer:
                 text = token.replace(METASPACE, " ") if spaced else token.removeprefix(prefix)
                 lengths[index] = len(text.encode())
         return lengths
+
+    def ordinary_ids(self) -> np.ndarray:
+        """(N,) int64, ascending: the ids that text can become. Special ones and gaps in the numbers are not among them."""
+        return np.array(sorted(set(self._vocabulary.values()) - self.special_ids), dtype=np.int64)
+
+    def continuation_pieces(self) -> np.ndarray:
+        """(vocab_size,) bool: whether an id goes on with the word of the id before it.
+
+        WordPiece's "##…"; of a tokenizer that keeps the space before a word with it (byte-level BPE, SentencePiece), every piece
+        that does not begin with a space, a tab or a line end. So there "word," is one word, and so is a line of Chinese.
+        Never a special token. UserError for a tokenizer that marks neither.
+        """
+        prefix = self.definition["model"].get("continuing_subword_prefix") or ""
+        begins: tuple[str, ...] = tuple(bytes_to_characters()[byte] for byte in b" \t\n\r")
+        if not uses_byte_alphabet(self.definition):
+            begins = (METASPACE, "\n", "\t")
+            if not prefix and not uses_metaspace(self.definition):
+                raise UserError(f"{self._path} does not mark where words begin, so whole words cannot be masked")
+        continues = np.zeros(self.vocab_size, dtype=bool)
+        for token, index in self._vocabulary.items():
+            continues[index] = token.startswith(prefix) if prefix else not token.startswith(begins)
+        continues[list(self.special_ids)] = False
+        return continues
 
 
 def uses_byte_alphabet(definition: dict[str, Any]) -> bool:
@@ -260,13 +299,32 @@ def tokenizer_config(eos_token: str, kind: str, model_max_length: int, tokens: d
     }
 
 
+def encoder_config(
+    eos_token: str, kind: str, model_max_length: int, normaliser: dict[str, bool] | None
+) -> dict[str, Any]:
+    """tokenizer_config.json of a tokenizer with BERT's five special tokens.
+
+    Without add_bos_token and add_eos_token, for which transformers 5 would replace tokenizer.json's [CLS] … [SEP].
+    normaliser: of a WordPiece, which transformers 5 builds anew from these keys and the vocabulary.
+    """
+    return {
+        "clean_up_tokenization_spaces": False,
+        "eos_token": eos_token,
+        "model_max_length": model_max_length,
+        "tokenizer_class": "PreTrainedTokenizerFast" if normaliser is None else "BertTokenizer",
+        "unk_token": "[UNK]",
+        _KIND_KEY: kind,
+        **{f"{role}_token": name for role, name in _ENCODER_ROLES[0].items()},
+        **(normaliser or {}),
+    }
+
+
 def _content(token: str | dict[str, Any] | None) -> str | None:
     """The text of a token as a tokenizer_config.json gives it to a role; None for no token."""
     return (token["content"] if isinstance(token, dict) else token) or None
 
 
-def _find_eos(config: dict[str, Any], vocabulary: dict[str, int], path: Path) -> str:
-    named = _content(config.get("eos_token"))
+def _find_eos(named: str | None, vocabulary: dict[str, int], path: Path) -> str:
     for token in (named,) if named else (DEFAULT_EOS, "</s>", "[SEP]"):
         if token in vocabulary:
             return token

@@ -13,12 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from dataprep.encoding import GPT2_PATTERN, NASTY
-from dataprep.special_tokens import PAD, chat_config, special_tokens
-from dataprep.tokenizers import DEFAULT_EOS, MARKS_KEY, Tokenizer, bytes_to_characters, tokenizer_config
+from dataprep.special_tokens import ENCODER_TOKENS, PAD, chat_config, special_tokens
+from dataprep.tokenizers import (
+    DEFAULT_EOS,
+    MARKS_KEY,
+    Tokenizer,
+    bytes_to_characters,
+    encoder_config,
+    tokenizer_config,
+)
 from errors import UserError
 
 # The split patterns that llama.cpp knows (llama-vocab.cpp: llama-bpe, gpt-2, qwen2, gpt-4o), under our flag's names.
@@ -35,16 +42,24 @@ PATTERNS = {
 }
 # tiktoken's patterns are rewritten for its regex engine; these split alike (the conversion is compared with tiktoken)
 TIKTOKEN_PATTERNS = {"gpt2": "gpt2", "cl100k_base": "llama3", "o200k_base": "gpt4o"}
-WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LONGEST_WORD = 256  # characters; see _cut
 _LONG_RUN = 64  # characters without a space between, from which on a run counts as text without breaks; see _thinned
 _ALL_KEPT = 2_000_000  # bytes of such text that are all trained on; of more, a quarter
 _ALPHABET_LIMIT = 1000  # characters that WordPiece may learn, the usual figure of BERT tokenizers
 
 
-def specials_of(kind: str, vocab_size: int, eos_token: str, chosen: Sequence[str] | None) -> list[str]:
-    """The special tokens of a "bpe" or "wordpiece" tokenizer by id. UserError where `vocab_size` has no room for them."""
-    specials = special_tokens((eos_token, PAD) if kind == "bpe" else (*WORDPIECE_SPECIALS, eos_token), chosen)
+def specials_of(
+    kind: str, vocab_size: int, eos_token: str, chosen: Sequence[str] | None, encoder_tokens: bool
+) -> list[str]:
+    """The special tokens of a "bpe" or "wordpiece" tokenizer by id. UserError where `vocab_size` has no room for them.
+
+    With encoder_tokens, BERT's five in front, the end of text where it is none of them, and those chosen: a chat's only then.
+    """
+    if encoder_tokens:
+        first = ENCODER_TOKENS if eos_token in ENCODER_TOKENS else (*ENCODER_TOKENS, eos_token)
+        specials = special_tokens(first, chosen or ())
+    else:
+        specials = special_tokens((eos_token, PAD), chosen)
     least = len(specials) + (256 if kind == "bpe" else 1)
     if vocab_size < least:
         bytes_too = "256 bytes and " if kind == "bpe" else ""
@@ -62,15 +77,17 @@ def train_bpe(
     pretokenizer: str,
     eos_token: str,
     max_length: int,
+    encoder_tokens: bool = False,
     chosen: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, bytes]:
     """A byte-level BPE. Id 0 ends documents and 1 pads, then come the other special tokens, 256 bytes, and merges as learned.
 
-    A pair must occur twice to be merged, so a small corpus gives fewer ids than `vocab_size`. chosen: see special_tokens.
-    `documents` is iterated twice.
+    encoder_tokens: BERT's five come first instead, and a text that transformers encodes is put between [CLS] and [SEP], as
+    ModernBERT's. A pair must occur twice to be merged, so a small corpus gives fewer ids than `vocab_size`. chosen: see
+    special_tokens. `documents` is iterated twice.
     """
-    specials = specials_of("bpe", vocab_size, eos_token, chosen)
+    specials = specials_of("bpe", vocab_size, eos_token, chosen, encoder_tokens)
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.pre_tokenizer = _byte_level(pretokenizer, cut=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,6 +100,9 @@ def train_bpe(
     )
     tokenizer.train_from_iterator(_thinned(documents, say), trainer)
     tokenizer.pre_tokenizer = _byte_level(pretokenizer)
+    if encoder_tokens:
+        tokenizer.post_processor = _cls_and_sep()
+        return _files(tokenizer, encoder_config(eos_token, "bpe", max_length, None) | chat_config(specials))
     return _files(
         tokenizer, tokenizer_config(eos_token, "bpe", max_length, {"pad_token": PAD, **chat_config(specials)})
     )
@@ -94,25 +114,28 @@ def train_wordpiece(
     vocab_size: int,
     eos_token: str,
     max_length: int,
+    lowercase: bool = False,
     chosen: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, bytes]:
-    """A cased WordPiece with BERT's five special tokens, an end of text and the others. `documents` is iterated twice.
+    """BERT's tokenizer (Devlin et al. 2019): its normaliser, WordPiece, and the ids 0 to 4 for its five special tokens.
 
-    chosen: see special_tokens; padding is [PAD].
+    lowercase: letters lose their case and their accents, as in BERT's "uncased" models. transformers opens it as a
+    BertTokenizer, which puts a text between [CLS] and [SEP]. eos_token ends documents: BERT's own is [SEP]; another one, and
+    the `chosen` special tokens, come after the five. `documents` is iterated twice.
 
     The trainer numbers characters in the order of a hash map (huggingface/tokenizers#1794), so that two runs differ.
     Here characters are counted first and handed over, sorted, as if they were special; the model is rebuilt without
     that mark afterwards.
     """
-    normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)  # accents go with the case
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     for text in documents():
         counts.update(normalizer.normalize_str(text))
     frequent = sorted(((c, n) for c, n in counts.items() if not c.isspace()), key=lambda item: (-item[1], item[0]))
     alphabet = sorted(character for character, _ in frequent[:_ALPHABET_LIMIT])
-    specials = specials_of("wordpiece", vocab_size, eos_token, chosen)
+    specials = specials_of("wordpiece", vocab_size, eos_token, chosen, encoder_tokens=True)
     given = [*specials, *alphabet, *(f"##{character}" for character in alphabet)]
     if len(given) > vocab_size:
         raise UserError(
@@ -136,8 +159,9 @@ def train_wordpiece(
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([_special(token) for token in specials])
-    roles = {f"{token[1:-1].lower()}_token": token for token in WORDPIECE_SPECIALS}
-    return _files(tokenizer, tokenizer_config(eos_token, "wordpiece", max_length, roles | chat_config(specials)))
+    tokenizer.post_processor = _cls_and_sep()
+    normaliser = {"do_lower_case": lowercase, "tokenize_chinese_chars": True}
+    return _files(tokenizer, encoder_config(eos_token, "wordpiece", max_length, normaliser) | chat_config(specials))
 
 
 def convert_tiktoken(encoding_name: str, max_length: int, sample: Iterable[str]) -> dict[str, bytes]:
@@ -213,6 +237,15 @@ def _byte_level(pretokenizer: str, cut: bool = False) -> pre_tokenizers.PreToken
     split = pre_tokenizers.Split(Regex(PATTERNS[pretokenizer]), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, *([_cut()] if cut else []), to_bytes])
+
+
+def _cls_and_sep() -> processors.PostProcessor:
+    """[CLS] A [SEP] and [CLS] A [SEP] B [SEP], of which B and what ends it have the segment id 1."""
+    return processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, ENCODER_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
 
 
 def _cut() -> pre_tokenizers.PreTokenizer:

@@ -33,15 +33,17 @@ def spelled(token: str) -> str:
 
 @pytest.fixture(scope="module", params=["bpe", "wordpiece"])
 def data(request, tmp_path_factory) -> Path:
-    """A folder prepared from documents that spell every special token, alone and in pairs."""
+    """A folder prepared from documents that spell every special token, alone and in pairs. WordPiece is asked for a chat's."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "text").mkdir()
     words = "user assistant system tool Hello there add, {x: 1}. " * 3
     texts = [words + spelled(token) for token in [*DOCUMENTED, *BERTS]]
     (folder / "text" / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    chosen = None if request.param == "bpe" else tuple(DOCUMENTED[2:28])
     options = Options(
-        folder / "text", folder / "data", tokenizer_type=request.param, vocab_size=500, num_workers=1, val_fraction=0
-    )
+        folder / "text", folder / "data", tokenizer_type=request.param, vocab_size=500, num_workers=1, val_fraction=0,
+        eos_token="<|endoftext|>", special_tokens=chosen,
+    )  # fmt: skip
     prepare(options, Progress())
     return folder / "data"
 
