@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 import utils
 from checkpointing.tensors import model_tensors
 from families.names import FAMILIES
-from model import Transformer, load_pretrained
+from families.new_models import ENCODERS, NEW_MODELS
+from model import Transformer, count_parameters, load_pretrained
 from model_config import ModelConfig
 from tests.family_models import peer_config
 from tests.forked import Forked, start_ranks
@@ -122,3 +123,46 @@ def test_adapters_learn_and_are_merged(place, bits):
     with torch.no_grad():  # the learning rate is high: what was learned makes logits of ten and more
         expected = theirs(ids).logits
         torch.testing.assert_close(ours.logits(ours(ids)), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
+NEW = [model for model in NEW_MODELS if model not in ENCODERS]
+
+
+@pytest.mark.parametrize("model", grid(NEW, ["gpt2", "gemma3"]))
+def test_a_new_model_is_its_familys(tiny_data, tmp_path, model):
+    """--model trains it from nothing, goes on where it stopped, and transformers' class computes what it learned."""
+    transformers = pytest.importorskip("transformers")
+    words = f"--data_dir {tiny_data} --model {model} --num_layers 7 --hidden_size 64 --num_heads 4 --batch_size 4 \
+        --learning_rate 1e-3 --log_interval 1 --eval_interval 0 --save_interval 2 --keep_checkpoints 0 --device cpu"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    ended = Forked(tmp_path / "first", f"{words} --save_dir {whole} --max_steps 4".split()).wait()
+    assert ended.code == 0, ended.out + ended.err
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoint_step_4")
+    again = Forked(tmp_path / "second", f"{words} --save_dir {parts} --max_steps 4 --checkpoint latest".split()).wait()
+    assert again.code == 0, again.out + again.err
+    folder = tmp_path / "whole/checkpoint_step_4"
+    shape = read_shape(folder)
+    assert shape.family == NEW_MODELS[model] and f" {count_parameters(shape).total:,} (" in ended.out
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in peer.parameters()) == count_parameters(shape).total
+    ids = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(0))
+    ours = load_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), peer(ids).logits, atol=1e-5, rtol=0)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "parts/checkpoint_step_4" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model gpt2 --rope_theta 5e5", "--rope_theta is for models with a rotary embedding"),
+        ("--model gpt2 --num_kv_heads 2", "--num_kv_heads is for models with grouped queries"),
+        ("--model gemma3 --qk_norm", "--qk_norm is for models without --model"),
+        ("--model gemma3 --no-tie_word_embeddings", "--tie_word_embeddings is for models with a choice"),
+    ],
+)
+def test_what_a_new_model_has_not_is_no_option_of_it(tiny_data, tmp_path, words, said):
+    ended = Forked(tmp_path / "streams", f"--data_dir {tiny_data} --save_dir {tmp_path / 'run'} {words}".split()).wait()
+    assert ended.code != 0 and said in ended.err and "Traceback" not in ended.err

@@ -8,6 +8,7 @@ None means: worked out from the other options, the data or the machine, as the h
 from dataclasses import dataclass
 
 from errors import UserError
+from families.new_models import ENCODERS, NEW_MODELS
 from kernels.attention_backends import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
 from training.optimizers import OPTIMIZERS
@@ -40,7 +41,14 @@ PRETRAIN, SFT, REWARD, DPO, GRPO, PPO = (runs_of(stage) for stage in STAGES)
 ROLLOUTS = runs_of("grpo", "ppo")
 FINE_TUNING = Runs("fine-tuning", lambda c: c.stage != "pretrain")
 ADAPTERS = Runs("--lora", lambda c: c.lora)
-NEW_MODELS = Runs("models trained from nothing (--init_from has a shape of its own)", lambda c: c.init_from is None)
+NEW = Runs("models trained from nothing (--init_from has a shape of its own)", lambda c: c.init_from is None)
+
+
+def new_with(words: str, *models: str) -> tuple[Runs, Runs]:
+    """The runs that train a model of other families than these from nothing."""
+    return NEW, Runs(
+        f"models with {words}, which --model {' and '.join(models)} have not", lambda c: c.model not in models
+    )
 
 
 def dpo_runs(loss: str) -> Runs:
@@ -191,16 +199,17 @@ class ModelOptions:
     python train.py --data_dir data/mine --preset small --num_kv_heads 4 --qk_norm
     """
 
-    preset: str | None = option("sets --hidden_size, --num_layers and --num_heads: " + _PRESET_SIZES, None, choices=tuple(PRESETS), read_by=NEW_MODELS)
+    model: str | None = option("family of the new model, with the parts and constants of its published ones (default: llama, or qwen3 with --qk_norm)", None, choices=tuple(NEW_MODELS), read_by=NEW)
+    preset: str | None = option("sets --hidden_size, --num_layers and --num_heads: " + _PRESET_SIZES, None, choices=tuple(PRESETS), read_by=NEW)
     vocab_size: int | None = option("must be the tokenizer's, which it defaults to; the weights are padded to a multiple of 128", None, read_by=PRETRAIN)
-    hidden_size: int = option("width of the residual stream", 768, bound=POSITIVE, read_by=NEW_MODELS)
-    num_layers: int = option("transformer blocks", 12, bound=POSITIVE, read_by=NEW_MODELS)
-    num_heads: int = option("attention heads; must divide --hidden_size (default: those of the preset of that size, else heads of 64, or of 128 where 64 does not divide)", 12, bound=POSITIVE, read_by=NEW_MODELS)
-    num_kv_heads: int | None = option("key/value heads, shared by groups of heads; must divide --num_heads (default: --num_heads)", None, bound=POSITIVE, read_by=NEW_MODELS)
-    intermediate_size: int | None = option("width of the SwiGLU MLP (default: 8/3 of --hidden_size, rounded up to a multiple of 64)", None, bound=POSITIVE, read_by=NEW_MODELS)
-    rope_theta: float = option("base of the rotary embedding; 500000 is usual for rows of 4096 tokens and more", 10000.0, bound=POSITIVE, read_by=NEW_MODELS)
-    qk_norm: bool = option("RMSNorm on each query and key head; the checkpoint is then a Qwen3 instead of a Llama", False, read_by=NEW_MODELS)
-    tie_word_embeddings: bool = option("one matrix for embedding and head; saves memory below some 350M parameters", False, read_by=NEW_MODELS)
+    hidden_size: int = option("width of the residual stream", 768, bound=POSITIVE, read_by=NEW)
+    num_layers: int = option("transformer blocks", 12, bound=POSITIVE, read_by=NEW)
+    num_heads: int = option("attention heads; must divide --hidden_size (default: those of the preset of that size, else heads of 64, or of 128 where 64 does not divide)", 12, bound=POSITIVE, read_by=NEW)
+    num_kv_heads: int | None = option("key/value heads, shared by groups of heads; must divide --num_heads (default: --num_heads)", None, bound=POSITIVE, read_by=new_with("grouped queries", "gpt2", *ENCODERS))
+    intermediate_size: int | None = option("width of the MLP (default: 8/3 of --hidden_size, rounded up to a multiple of 64; 4 times it for gpt2 and bert, whose MLPs have no gate)", None, bound=POSITIVE, read_by=NEW)
+    rope_theta: float | None = option("base of the rotary embedding; 500000 is usual for rows of 4096 tokens and more (default: 10000, or what --model has)", None, bound=POSITIVE, read_by=new_with("a rotary embedding", "gpt2", "bert"))
+    qk_norm: bool = option("RMSNorm on each query and key head; the checkpoint is then a Qwen3 instead of a Llama", False, read_by=(NEW, Runs("models without --model, or with --model qwen3", lambda c: c.model in (None, "qwen3"))))
+    tie_word_embeddings: bool | None = option("one matrix for embedding and head; saves memory below some 350M parameters (default: as --model has it; llama, mistral, qwen3 and olmo2 have two)", None, read_by=new_with("a choice", "gemma3", *ENCODERS))
 
     @property
     def kv_heads(self) -> int:
@@ -208,7 +217,9 @@ class ModelOptions:
 
     @property
     def mlp_size(self) -> int:
-        """Llama's 8/3 of the width, so that three matrices cost what two of 4x did; a multiple of 64 for the GEMMs."""
+        """4x the width for two matrices; Llama's 8/3 of it, so that three cost the same; a multiple of 64 for the GEMMs."""
+        if self.model in ("gpt2", "bert"):
+            return self.intermediate_size or 4 * self.hidden_size
         return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
 
     def check_model(self) -> None:
@@ -218,7 +229,7 @@ class ModelOptions:
                 f"--num_heads {self.num_heads} does not divide --hidden_size {self.hidden_size}; "
                 f"{_divisors_near(self.hidden_size, self.num_heads)} would"
             )
-        if (self.hidden_size // self.num_heads) % 2:
+        if (self.hidden_size // self.num_heads) % 2 and self.model not in ("gpt2", "bert"):
             raise UserError(
                 f"--hidden_size {self.hidden_size} / --num_heads {self.num_heads} gives heads of odd width "
                 f"{self.hidden_size // self.num_heads}, which rotary embedding cannot pair; choose another --num_heads"

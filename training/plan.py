@@ -15,6 +15,7 @@ import torch
 from adapters.lora import ALL_LINEAR, block_linears
 from adapters.token_rows import padded
 from errors import UserError
+from families.new_models import parts_of_new
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
 from model import ParameterCount, Transformer, count_parameters, flops_per_token
 from model_config import ModelConfig
@@ -64,6 +65,10 @@ def model_shape(
     config: TrainConfig, vocab_size: int, max_length: int, eos_token_id: int | None, pad_token_id: int | None = None
 ) -> ModelConfig:
     """The model that the options ask for, its vocabulary padded to a multiple of 128."""
+    tied, theta = config.tie_word_embeddings, config.rope_theta
+    given = {"tie_word_embeddings": tied, "rope_theta": theta, "qk_norm": config.qk_norm or None}
+    head_dim = config.hidden_size // config.num_heads
+    parts = parts_of_new(config.model, config.num_layers, head_dim) if config.model else {}
     return ModelConfig(
         vocab_size=padded(vocab_size),
         hidden_size=config.hidden_size,
@@ -71,14 +76,12 @@ def model_shape(
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.kv_heads,
-        head_dim=config.hidden_size // config.num_heads,
+        head_dim=head_dim,
         max_position_embeddings=max_length,
-        rope_theta=config.rope_theta,
-        tie_word_embeddings=config.tie_word_embeddings,
-        qk_norm=config.qk_norm,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
         bos_token_id=eos_token_id,  # documents are only parted by it: it stands before a text as well as after
+        **parts | {name: value for name, value in given.items() if value is not None},
     )
 
 

@@ -1,0 +1,39 @@
+"""What does a new model of a family have, beside its sizes? The parts of its folders, and the constants of its published ones."""
+
+from typing import Any
+
+from families.common import DEFAULTS, REQUIRED
+from families.names import FAMILIES
+
+# --model's word for a family: the model_type of its folder
+NEW_MODELS = {
+    "llama": "llama",
+    "gpt2": "gpt2",
+    "mistral": "mistral",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+    "olmo2": "olmo2",
+    "bert": "bert",
+    "modernbert": "modernbert",
+}
+ENCODERS = ("bert", "modernbert")
+# where published models differ from what transformers assumes of a config.json that is silent
+_USUAL: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-5},
+    "mistral": {"rms_norm_eps": 1e-5, "sliding_window": 4096},
+    "qwen3": {"rope_theta": 1e6},
+    "gemma3_text": {"sliding_window": 512},
+    "olmo2": {"rope_theta": 5e5},
+}
+_GPT2_SIZES = {"n_embd": 2, "n_layer": 1, "n_head": 1}
+_SIZES = {*REQUIRED, *DEFAULTS} - {"rms_norm_eps", "tie_word_embeddings"}
+
+
+def parts_of_new(model: str, num_layers: int, head_dim: int) -> dict[str, Any]:
+    """ModelConfig's fields of a new model, `family` among them, without its sizes and the ids of special tokens."""
+    family = NEW_MODELS[model]
+    silent = {**dict.fromkeys(REQUIRED, 2), **_GPT2_SIZES, "num_hidden_layers": num_layers, "n_layer": num_layers}
+    fields = FAMILIES[family].read(silent) | _USUAL.get(family, {}) | {"family": family}
+    if fields.get("attention_scale") is not None:  # a Gemma's, which its published sizes take for heads of their width
+        fields["attention_scale"] = head_dim**-0.5
+    return {name: value for name, value in fields.items() if name not in _SIZES}
