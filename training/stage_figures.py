@@ -5,7 +5,7 @@ around zero whatever happens, and the reward is the curve.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,7 +74,9 @@ PLAIN = StageFigures(
     (_RATE, _GRADIENT, _SPEED, Panel("validation, bits per byte", held_out=("val_bpb",), style="robust"), _MEMORY),
 )  # fmt: skip
 _BY_STAGE = {
-    "pretrain": PLAIN,
+    "pretrain": replace(
+        PLAIN, figures=(("balance", "balance"), ("experts/busiest", "busiest expert"), ("experts/idle", "idle experts")),
+    ),
     "sft": StageFigures(
         "loss", "val_loss", "nats per learned token", False, (),
         (_RATE, _GRADIENT, _SPEED, Panel("held-out loss", held_out=("val_loss",), style="robust"), _MEMORY),
