@@ -42,7 +42,7 @@ from stages.ppo import PPO
 from tools.run_plan import run_plan
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, device_name, git_commit, next_command, versions
-from training.loading import build_model, checkpoint_parts, make_optimizers, read_shape, reward_adapter
+from training.loading import build_model, checkpoint_parts, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Figures, Metrics, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets
 from training.plan import RunPlan, example_sizes, format_plan, grown, model_shape, plan_run
@@ -118,7 +118,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
     config, pins, said = stand_on(config, saved, resumed_from)
     base = Path(config.init_from) if config.init_from else None
-    base_shape = read_shape(base) if base else None
+    base_shape = read_base_shape(config, base) if base else None
     precision, kernels = choose_numerics(config, base_shape, ranks.device)
     torch.manual_seed(config.seed)
 
@@ -126,7 +126,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     context = base_shape.max_position_embeddings if base_shape else None
     data = open_stage_data(config, base, context, saved.get("data_order"), resumed_from)
     check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
-    if config.stage != "pretrain" and origins["max_steps"] == "default":
+    if not config.on_text and origins["max_steps"] == "default":
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
 
     # ------------------------------------------------------------------------------------------------------------- plan
@@ -192,7 +192,7 @@ def shape_of(config: TrainConfig, base_shape: ModelConfig | None, data: StageDat
     tokenizer = data.tokenizer
     if base_shape:
         return grown(base_shape, data.max_length, tokenizer.vocab_size if data.num_new_tokens else 0)
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.begin_id
     return model_shape(config, tokenizer.vocab_size, data.max_length, *ends)
 
 

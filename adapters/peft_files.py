@@ -91,7 +91,8 @@ def adapter_config(model: nn.Module, name: str, base_model: str | None) -> dict:
     rows = {layer: adapter.ids.tolist() for layer, adapter in token_rows(model).items()}
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if has_score else "CAUSAL_LM",
+        # PEFT has no word for masked language models, and takes an adapter without one for any class
+        "task_type": "SEQ_CLS" if has_score else "CAUSAL_LM" if unwrap(model).config.causal else None,
         "base_model_name_or_path": base_model,
         "revision": None,
         "inference_mode": True,

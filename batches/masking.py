@@ -18,6 +18,7 @@ from dataprep.tokenizers import Tokenizer
 from errors import UserError
 from kernels.dropout import GOLDEN, mix64
 
+MASKED = "masked"  # column, (masked,) int64: where in the flattened B·T tokens those are that are to be told
 _MASKED, _RANDOM = 0.8, 0.1  # shares of the chosen; the others stay
 # Streams of the same keys, below 0, where dropout (kernels/dropout.py) has none.
 _CHOICE, _ACTION, _REPLACEMENT = -1, -2, -3
@@ -77,9 +78,11 @@ def mask_tokens(input_ids: Tensor, keys: Tensor, masking: Masking) -> tuple[Tens
 
 
 def mask_micro_batch(batch: MicroBatch, keys: Tensor, masking: Masking) -> MicroBatch:
-    """The micro-batch with masked inputs, the chosen tokens as its targets, and their number as its weight."""
+    """The micro-batch with masked inputs, the chosen tokens as its targets, their places as MASKED, their number as weight."""
     input_ids, targets = mask_tokens(batch.input_ids, keys, masking)
-    return replace(batch, input_ids=input_ids, targets=targets, weight=int((targets != IGNORE_INDEX).sum()))
+    places = torch.nonzero(targets.flatten() != IGNORE_INDEX).flatten()  # here, so that a device is never waited for
+    columns = {**batch.columns, MASKED: places}
+    return replace(batch, input_ids=input_ids, targets=targets, columns=columns, weight=len(places))
 
 
 def token_keys(sample_keys: Tensor, length: int) -> Tensor:

@@ -22,7 +22,8 @@ class MicroBatch:
 
     Packed sequences (packing.py) bring more: sequence_ids (B, T) int64, the number of each token's sequence, with the
     number of sequences for padding; last_tokens (sequences,) int64, where each ends in the flattened B·T tokens;
-    token_columns {name: (B, T) float32}, figures of the targets; columns {name: (sequences,) float32}.
+    token_columns {name: (B, T) float32}, figures of the targets; columns {name: (sequences,) float32}. What else a stage
+    knows of its rows travels in these two under names of its own.
     """
 
     input_ids: Tensor

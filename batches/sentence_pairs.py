@@ -40,7 +40,7 @@ _WIDTH_MULTIPLE = 64  # few widths occur, so kernels compile for few
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens [start, stop) of a split, all of document `document`, without its end-of-text token."""
+    """The tokens [start, stop) of a split, all of document `document`, without its [CLS] and its end-of-text token."""
 
     document: int
     start: int
@@ -78,6 +78,11 @@ class SentencePairs:
         """Tokens of A and B together."""
         return self.max_length - _NUM_SPECIAL
 
+    @property
+    def num_samples(self) -> int:
+        """Of one pass."""
+        return sum(map(self.num_windows, range(len(self.sources))))
+
     def num_windows(self, source: int) -> int:
         return -(-self.sources[source].num_tokens // self.room)
 
@@ -109,13 +114,16 @@ class SentencePairs:
             for at in range(begin, end, micro_batch_size)
         ]
 
+    def evaluation_rows(self, max_tokens: int) -> int:
+        """How many rows of a single source an evaluation on `max_tokens` tokens (0: on all) reads."""
+        rows = self.num_windows(0)
+        return min(rows, -(-max_tokens // self.max_length)) if max_tokens else rows
+
     def evaluation_micro_batches(
         self, micro_batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[MicroBatch]:
         """This rank's part of the first epoch of a single source, or of its first rows, for max_tokens tokens (0: all)."""
-        num_rows = self.num_windows(0)
-        if max_tokens:
-            num_rows = min(num_rows, -(-max_tokens // self.max_length))
+        num_rows = self.evaluation_rows(max_tokens)
         begin, end = (num_rows * r // world_size for r in (rank, rank + 1))
         for at in range(begin, end, micro_batch_size):
             yield self._micro_batch(list(self.pairs(at, min(micro_batch_size, end - at))))
@@ -172,8 +180,9 @@ class SentencePairs:
         """Up to `room` tokens around `position`, all of its document."""
         document = split.document_at(position)
         start, stop = document.start, document.stop - 1
+        start += int(split.read(start, 1)[0] == self.cls_id)
         if stop - start > self.room:
-            position = min(position, stop - 1)
+            position = min(max(position, start), stop - 1)
             low, high = max(start, position - self.room + 1), min(position, stop - self.room)
             start = low + hash_key(key, _CUT, position) % (high - low + 1)
             stop = start + self.room
@@ -232,6 +241,6 @@ def open_sentence_pairs(
         seed=seed,
         cls_id=tokenizer.cls_token_id,
         sep_id=tokenizer.sep_token_id,
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=tokenizer.filler_id,
         sampler=sampler,
     )

@@ -48,6 +48,11 @@ class Windows:
         """(max_length + 1,) int64 tokens of a window, and where in it documents begin (ascending, from 1 on)."""
         return self.tokens(window * self.step, self.max_length + 1)
 
+    def evaluation_rows(self, max_tokens: int) -> int:
+        """How many rows an evaluation on `max_tokens` targets (0: on all) reads, the last one perhaps shorter."""
+        rows = -(-(self.split.num_tokens - 1) // self.max_length)
+        return min(rows, -(-max_tokens // self.max_length)) if max_tokens else rows
+
     def tokens(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         starts = self.split.document_starts(start, count) - start if self.document_mask else np.empty(0, np.int64)
         return self.split.read(start, count), starts
@@ -70,6 +75,11 @@ class TrainingData:
         )  # fmt: skip
         for source, window in zip(samples.source.tolist(), samples.window.tolist(), strict=True):
             yield self.sources[source].row(window)
+
+    @property
+    def num_samples(self) -> int:
+        """Of one pass."""
+        return sum(map(len, self.sources))
 
     def epoch(self, first: int) -> float:
         """How many times the first source's windows have been seen after `first` samples (as a fraction)."""
@@ -106,18 +116,15 @@ def open_training_data(
 
 def evaluation_micro_batches(
     windows: Windows, micro_batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1,
-    token_bytes: TokenBytes | None = None,
+    token_bytes: TokenBytes | None = None, filler_id: int | None = None,
 ) -> Iterator[MicroBatch]:  # fmt: skip
     """This rank's part of a split, in order and without overlap: every target once, the last row padded.
 
     At most `max_tokens` targets (rounded up to whole rows) from the start of the split; 0 takes the whole split.
-    token_bytes: of the split; what each target stands for comes with it then, as the token column BYTES.
+    token_bytes: of the split; what each target stands for comes with it then, as the token column BYTES. filler_id: see
+    make_micro_batch.
     """
-    length = windows.max_length
-    num_targets = windows.split.num_tokens - 1
-    num_rows = -(-num_targets // length)
-    if max_tokens:
-        num_rows = min(num_rows, -(-max_tokens // length))
+    length, num_rows = windows.max_length, windows.evaluation_rows(max_tokens)
     begin, end = (num_rows * r // world_size for r in (rank, rank + 1))
     for first in range(begin, end, micro_batch_size):
         rows, columns = [], np.zeros((min(end, first + micro_batch_size) - first, length), dtype=np.float32)
@@ -126,14 +133,19 @@ def evaluation_micro_batches(
             rows.append(windows.tokens(index * length, size))
             if token_bytes:
                 columns[row, : size - 1] = token_bytes.of(index * length + 1, size - 1)
-        batch = make_micro_batch(rows, length)
+        batch = make_micro_batch(rows, length, filler_id)
         yield replace(batch, token_columns={BYTES: torch.from_numpy(columns)}) if token_bytes else batch
 
 
-def make_micro_batch(rows: list[tuple[np.ndarray, np.ndarray]], length: int | None = None) -> MicroBatch:
-    """Rows (tokens (T+1,), document starts in 1 … T) as one micro-batch; shorter rows are padded to `length` targets."""
+def make_micro_batch(
+    rows: list[tuple[np.ndarray, np.ndarray]], length: int | None = None, filler_id: int | None = None
+) -> MicroBatch:
+    """Rows (tokens (T+1,), document starts in 1 … T) as one micro-batch; shorter rows are padded to `length` targets.
+
+    filler_id: the padding, which is a document of its own then, for models that see both ways; to others nothing of it shows.
+    """
     length = length or len(rows[0][0]) - 1
-    input_ids = np.zeros((len(rows), length), dtype=np.int64)
+    input_ids = np.full((len(rows), length), filler_id or 0, dtype=np.int64)
     targets = np.full((len(rows), length), IGNORE_INDEX, dtype=np.int64)
     positions = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
     boundaries = []
@@ -143,6 +155,8 @@ def make_micro_batch(rows: list[tuple[np.ndarray, np.ndarray]], length: int | No
         targets[index, :size] = tokens[1:]
         targets[index, starts - 1] = IGNORE_INDEX  # the first token of a document cannot be told from the one before
         inside = starts[starts < size]
+        if filler_id is not None and size < length:
+            inside = np.append(inside, size)
         for start in inside:
             positions[index, start:] = np.arange(length - start)
         boundaries.append(np.concatenate([[0], inside]) + index * length)

@@ -110,6 +110,13 @@ class Options:
         return self.encoder_tokens or self.tokenizer_type == "wordpiece"
 
     @property
+    def begins_with_cls(self) -> bool:
+        """Whether documents begin with [CLS], as an encoder's do."""
+        if self.tokenizer_type == "existing":
+            return load_tokenizer(self.existing_tokenizer, lazy=True, eos_token=self.eos_token).begin_id is not None
+        return self.for_encoder
+
+    @property
     def end_of_text(self) -> str:
         """Of a tokenizer trained here."""
         return self.eos_token or ("[SEP]" if self.for_encoder else DEFAULT_EOS)
@@ -135,6 +142,7 @@ class Options:
         options["text_extensions"] = sorted(extension.lower() for extension in self.text_extensions)
         if self.tokenizer_type == "existing":
             options["tokenizer_sha256"] = tokenizer_sha256(self.existing_tokenizer)
+        options["begins_with_cls"] = self.begins_with_cls or None
         return options
 
 
@@ -417,7 +425,7 @@ def _existing_tokenizer(options: Options) -> dict[str, bytes]:
             config["eos_token"] = options.eos_token
         else:
             tokenizer = load_tokenizer(folder)
-            config = tokenizer_config(tokenizer.eos_token, tokenizer.kind, options.max_length, {})
+            config = tokenizer_config(tokenizer.eos_token, tokenizer.kind, options.max_length, tokenizer.encoder_roles)
         files["tokenizer_config.json"] = (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()
     return files
 

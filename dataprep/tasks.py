@@ -4,7 +4,7 @@ A plan is a pure function of the listed files and the options: tasks are byte ra
 A task reads its ranges, encodes, and writes part files in order; they mean nothing until its done mark, written last,
 is there. So tasks can run in any order, on any number of processes, be killed and be done again.
 
-    parts/000012.train.bin   token ids, each document ending in the end-of-text token
+    parts/000012.train.bin   token ids, each document ending in the end-of-text token (an encoder's begins with [CLS])
     parts/000012.train.len   one LENGTH_DTYPE record a document
     parts/000012.train.src   one shards.SOURCE_DTYPE record a document
     parts/000012.done        TaskResult as JSON
@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ from dataprep.encoding import Encoder, split_pieces
 from dataprep.holdout import hold_out_tail, split_of
 from dataprep.readers import Document, Skipped, SourceFile, read_documents
 from dataprep.shards import SOURCE_DTYPE, SPLITS
+from dataprep.tokenizers import Tokenizer
 from errors import UserError
 
 PARTS_FOLDER = "parts"
@@ -143,11 +145,21 @@ def part_stem(state: Path, task: int, split: str) -> str:
 
 
 def run_task(
-    plan: Plan, state: Path, task: int, encoder: Encoder, eos_id: int, dtype: str, report: Callable[[int], None]
+    plan: Plan,
+    state: Path,
+    task: int,
+    encoder: Encoder,
+    tokenizer: Tokenizer,
+    dtype: str,
+    report: Callable[[int], None],
 ) -> None:
     """Read, encode and write one task. `report` is called now and then with the text bytes encoded so far."""
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
     skipped: dict[str, SkippedKind] = {}
-    writers = {split: _PartWriter(part_stem(state, task, split), eos_id, np.dtype(dtype)) for split in SPLITS}
+    writers = {
+        split: _PartWriter(part_stem(state, task, split), begin, [tokenizer.eos_token_id], np.dtype(dtype))
+        for split in SPLITS
+    }
     encoded_bytes = 0
     with ExitStack() as stack:
         for writer in writers.values():
@@ -224,26 +236,25 @@ def _encoded(encoder: Encoder, batch: list[tuple[Document, str, int]]) -> Iterat
 class _PartWriter:
     """Writes one split's part files of a task under temporary names; `commit` gives them their own."""
 
-    def __init__(self, stem: str, eos_id: int, dtype: np.dtype) -> None:
+    def __init__(self, stem: str, begin: list[int], end: list[int], dtype: np.dtype) -> None:
         self.documents = 0
         self.tokens = 0
         self._stem = stem
         self._dtype = dtype.newbyteorder("<")
-        self._eos = np.array([eos_id], dtype=self._dtype).tobytes()
+        self._begin, self._end = (np.array(ids, dtype=self._dtype) for ids in (begin, end))
         self._files: dict[str, BinaryIO] = {}
 
     def add(self, file: int, document: Document, ids: Iterable[np.ndarray]) -> None:
-        """Append a document given as arrays of ids, and its end-of-text token."""
+        """Append a document given as arrays of ids, between what begins and what ends every one."""
         if not self._files:  # most tasks have no validation document: then there are no files
             for suffix in _PART_SUFFIXES:
                 self._files[suffix] = open(self._temporary(suffix), "wb", buffering=1 << 20)  # noqa: SIM115
-        count = 1
-        for piece in ids:
+        count = 0
+        for piece in chain([self._begin], ids, [self._end]):
             self._files[".bin"].write(piece.astype(self._dtype).tobytes())
             count += len(piece)
         if count > _MAX_DOCUMENT_TOKENS:
             raise UserError(f"a document has {count:,} tokens, more than an .idx file can say; split the file")
-        self._files[".bin"].write(self._eos)
         self._files[".len"].write(np.array((count, document.size), dtype=LENGTH_DTYPE).tobytes())
         source = np.array((file, document.position, document.digest), dtype=SOURCE_DTYPE)
         self._files[".src"].write(source.tobytes())

@@ -37,14 +37,17 @@ _ENCODER_ROLES: tuple[dict[str, str], ...] = (
 )
 
 
-def load_tokenizer(folder: str | Path, *, lazy: bool = False) -> "Tokenizer":
+def load_tokenizer(folder: str | Path, *, lazy: bool = False, eos_token: str | None = None) -> "Tokenizer":
     """The tokenizer of a data folder, a checkpoint folder, or any folder with a Hugging Face tokenizer.json.
 
     `lazy` puts off building the `tokenizers` object, seconds for a vocabulary of 200,000, until a method needs it.
+    eos_token: ends documents in place of the folder's own.
     UserError when tokenizer.json is missing or broken, or when no end-of-text token can be found.
     """
     folder = Path(folder)
     config = _read_json(folder / "tokenizer_config.json", required=False)
+    if eos_token:
+        config = config | {"eos_token": eos_token}
     definition = _read_json(folder / "tokenizer.json", required=True)
     tokenizer = Tokenizer(definition, config, path=folder / "tokenizer.json", sha256=tokenizer_sha256(folder))
     if not lazy:
@@ -68,6 +71,7 @@ class Tokenizer:
     eos_token, eos_token_id: the token that ends every document
     pad_token_id: of a token for padding alone, or None
     cls_token_id, sep_token_id, mask_token_id: of an encoder's tokenizer, else None
+    encoder_roles: {"mask_token": "[MASK]", …} of an encoder's tokenizer, else {}
     special_ids:  frozenset of the ids of special_tokens
     special_tokens: those that no text becomes
     sha256:       of tokenizer.json
@@ -106,6 +110,10 @@ class Tokenizer:
         self.cls_token_id, self.sep_token_id, self.mask_token_id = (
             self._vocabulary.get(roles[role]) for role in ("cls", "sep", "mask")
         )
+        self.encoder_roles: dict[str, str] = {}
+        if self.mask_token_id is not None:
+            named_roles = {f"{role}_token": roles[role] for role in ("cls", "sep", "mask", "pad")}
+            self.encoder_roles = {role: token for role, token in named_roles.items() if token is not None}
 
     @classmethod
     def of_files(cls, files: dict[str, bytes], path: Path) -> "Tokenizer":
@@ -130,6 +138,16 @@ class Tokenizer:
         plain.no_padding()
         plain.no_truncation()
         return plain
+
+    @property
+    def begin_id(self) -> int | None:
+        """[CLS], with which prepared documents begin if the tokenizer is an encoder's, that is, has a mask token; else None."""
+        return None if self.mask_token_id is None else self.cls_token_id
+
+    @property
+    def filler_id(self) -> int:
+        """What fills up a row: the token for padding or, where there is none, that which ends documents."""
+        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
     @property
     def byte_level(self) -> bool:

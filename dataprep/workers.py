@@ -105,7 +105,7 @@ def _prepare(job: Job, plan: Plan) -> Callable[[int, Callable[[int], None]], Non
     encoder = Encoder(tokenizer, job.engine)
 
     def run(task: int, report: Callable[[int], None]) -> None:
-        run_task(plan, job.state, task, encoder, tokenizer.eos_token_id, job.dtype, report)
+        run_task(plan, job.state, task, encoder, tokenizer, job.dtype, report)
 
     return run
 

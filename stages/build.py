@@ -24,8 +24,10 @@ from adapters.actor_critic import REWARD_ADAPTER, REWARD_HEAD, scores_of
 from adapters.lora import adapter_settings
 from adapters.peft_files import load_base
 from adapters.scalar_head import RewardModel, padding_files
+from batches.masking import Masking, masking_of
 from batches.packing import Sequence
 from batches.sampler import SAMPLER_VERSION
+from batches.sentence_pairs import SentencePairs, open_sentence_pairs
 from batches.windows import TrainingData, Windows, open_training_data
 from checkpointing.save_folder import from_rank_0
 from dataprep.shards import Metadata, load_metadata, open_split
@@ -43,6 +45,7 @@ from model import Transformer, read_json
 from ranks import Ranks, unwrap
 from stages.dpo import DPO, KTO, with_mismatches
 from stages.grpo import GRPO
+from stages.mlm import MLM
 from stages.ppo import PPO
 from stages.preference_losses import WITHOUT_REFERENCE
 from stages.pretrain import Pretrain
@@ -52,12 +55,13 @@ from stages.rewards import Reward, load_reward, model_reward
 from stages.sft import SFT
 from training.config import TrainConfig
 from training.examples_data import ExampleData, ExampleFeed
-from training.loading import find_base
+from training.loading import find_base, read_shape
+from training.plan import mask_probability
 from training.precision import Precision
 from training.standing import Pins
 
 Groups = list | ExampleShards  # of examples, or of prompts
-Stage = Pretrain | SFT | RewardStage | DPO | KTO | GRPO | PPO
+Stage = Pretrain | MLM | SFT | RewardStage | DPO | KTO | GRPO | PPO
 
 DEFAULT_LENGTH = 2048  # of fine-tuning's rows, where the model allows more
 _KINDS = {  # what each stage can learn from
@@ -83,12 +87,13 @@ class StageData:
     max_length: int
     order: dict
     num_samples: int
-    train: TrainingData | ExampleData | list[Prompt]
-    held_out: Windows | ExampleData | list[Prompt] | None
+    train: TrainingData | SentencePairs | ExampleData | list[Prompt]
+    held_out: Windows | SentencePairs | ExampleData | list[Prompt] | None
     report: list[str] = field(default_factory=list)
     stop_ids: tuple[int, ...] = ()  # what ends an answer
     files: dict[str, bytes] = field(default_factory=dict)  # further ones for every checkpoint: the chat template
     num_new_tokens: int = 0  # the tokenizer's last ids, which the model that is trained on does not have
+    masking: Masking | None = None  # of masked language modelling
 
 
 def open_stage_data(
@@ -101,7 +106,7 @@ def open_stage_data(
     """
     # the order of a run that began before it had a version stays as it was
     sampler = SAMPLER_VERSION if saved_order is None else saved_order.get("sampler", 1)
-    if config.stage == "pretrain":
+    if config.on_text:
         return _open_shards(config, base, context, sampler)
     assert base is not None and context is not None, "fine-tuning starts from a model"
     return _open_examples(config, base, context, saved_order or {}, checkpoint, sampler)
@@ -115,6 +120,14 @@ def build_stage(
 
     pins: the digests of the folders that the run stands on.
     """
+    if data.masking is not None:
+        assert isinstance(data.train, TrainingData | SentencePairs)
+        assert isinstance(data.held_out, Windows | SentencePairs | None)
+        return MLM(
+            data=data.train, validation=data.held_out, masking=data.masking, filler_id=data.tokenizer.filler_id, ranks=ranks,
+            precision=precision, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
+            eval_tokens=config.eval_tokens, z_loss=config.z_loss,
+        )  # fmt: skip
     if isinstance(data.train, TrainingData) and isinstance(data.held_out, Windows):
         return Pretrain(
             data=data.train, validation=data.held_out, token_bytes=TokenBytes(data.held_out.split, data.tokenizer), ranks=ranks,
@@ -152,18 +165,18 @@ def _open_shards(config: TrainConfig, base: Path | None, context: int | None, sa
     if len(tokenizer.encode(config.sample_prompt)) >= max_length:
         raise UserError(f"--sample_prompt leaves no room in rows of --max_length {max_length} tokens; shorten it")
     stride = config.stride if config.stride is not None else (0 if config.max_length else metadata[0].stride)
-    train = open_training_data(
-        [open_split(folder, "train") for folder in config.data_dir], config.data_weights,
-        max_length=max_length, stride=stride, document_mask=config.document_mask, seed=config.seed, sampler=sampler,
-    )  # fmt: skip
+    report: list[str] = []
+    train, held_out = _rows(config, tokenizer, max_length, stride, sampler, report)
     order = {
         "fingerprints": [m.fingerprint for m in metadata], "weights": train.weights, "max_length": max_length,
         "stride": stride, "document_mask": config.document_mask, "seed": config.seed, "sampler": sampler,
     }  # fmt: skip
-    held_out = Windows(open_split(config.data_dir[0], "val"), max_length, 0, config.document_mask)
-    num_samples = sum(map(len, train.sources))
-    report = []
-    if not (tokenizer.byte_level or held_out.split.has_document_bytes):
+    masking = None
+    if config.stage == "mlm":
+        probability = mask_probability(config, read_shape(base).family if base else config.model or "")
+        masking = masking_of(tokenizer, probability, config.whole_words)
+        order |= {"mask_probability": probability} | {n: getattr(config, n) for n in ("whole_words", "next_sentence")}
+    elif not tokenizer.byte_level and isinstance(held_out, Windows) and not held_out.split.has_document_bytes:
         report.append(
             f"bits per byte: {config.data_dir[0]} does not keep each document's bytes (prepared by an older version), so those "
             "of the whole split are shared out among its tokens"
@@ -179,8 +192,34 @@ def _open_shards(config: TrainConfig, base: Path | None, context: int | None, sa
         )
     files = {"tokenizer_config.json": _tokenizer_config(config.data_dir[0], max(max_length, context or 0))}
     return StageData(
-        Path(config.data_dir[0]), tokenizer, max_length, order, num_samples, train, held_out, report, files=files
+        Path(config.data_dir[0]), tokenizer, max_length, order, train.num_samples, train, held_out, report, files=files,
+        masking=masking,
     )  # fmt: skip
+
+
+def _rows(
+    config: TrainConfig, tokenizer: Tokenizer, max_length: int, stride: int, sampler: int, report: list[str]
+) -> tuple[TrainingData | SentencePairs, Windows | SentencePairs | None]:
+    """Of the text: windows, or with --next_sentence pairs of parts; those to learn from, and those held out."""
+    splits, held_out = (
+        [open_split(folder, "train") for folder in config.data_dir],
+        open_split(config.data_dir[0], "val"),
+    )
+    if not config.next_sentence:
+        train = open_training_data(
+            splits, config.data_weights,
+            max_length=max_length, stride=stride, document_mask=config.document_mask, seed=config.seed, sampler=sampler,
+        )  # fmt: skip
+        return train, Windows(held_out, max_length, 0, config.document_mask)
+    pairs = open_sentence_pairs(
+        splits, config.data_weights, tokenizer, max_length=max_length, seed=config.seed, sampler=sampler
+    )
+    if held_out.num_documents < 2:
+        report.append(
+            f"nothing is evaluated: pairs need two documents held out, and there are {held_out.num_documents}"
+        )
+        return pairs, None
+    return pairs, open_sentence_pairs([held_out], [], tokenizer, max_length=max_length, seed=0)
 
 
 def _tokenizer_config(folder: str, max_length: int) -> bytes:

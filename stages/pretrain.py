@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from adapters.lora import set_token_keys
+from batches.masking import token_keys
 from batches.micro_batch import IGNORE_INDEX, MicroBatch
 from batches.sampler import hash_key
 from batches.windows import BYTES, TrainingData, Windows, evaluation_micro_batches
 from dataprep.token_bytes import TokenBytes
 from experts import Routing, balancing_losses, expert_figures, z_losses
-from kernels.dropout import GOLDEN, mix64
 from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import Ranks, unwrap
 from training.examples_data import SAMPLE_KEY, without_dropout
@@ -51,11 +51,7 @@ class Pretrain:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         while True:
             batches = self.data.micro_batches(first_sample, self.batch_size, self.micro_batch_size, rank, world_size)
-            samples = itertools.count(first_sample + self.batch_size * rank // world_size)
-            for index, batch in enumerate(batches):  # a key for each row, of its sample: it decides on dropout
-                keys = [hash_key(self.data.seed, next(samples)) >> 1 for _ in batch.input_ids]
-                batches[index] = replace(batch, columns={SAMPLE_KEY: torch.tensor(keys, dtype=torch.int64)})
-            yield batches
+            yield with_row_keys(batches, self.data.seed, first_sample + self.batch_size * rank // world_size)
             first_sample += self.batch_size
 
     def epoch(self, first_sample: int) -> float:
@@ -64,9 +60,7 @@ class Pretrain:
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss in nats to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight."""
-        if SAMPLE_KEY in batch.columns:
-            places = torch.arange(1, batch.input_ids.shape[1] + 1, device=batch.input_ids.device)
-            set_token_keys(unwrap(model), mix64(batch.columns[SAMPLE_KEY][:, None] + GOLDEN * places))
+        use_row_keys(unwrap(model), batch)
         inner = unwrap(model)
         given = {"max_seqlen": batch.input_ids.shape[1], "with_routing": inner.config.num_experts is not None}
         hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, **given)
@@ -126,3 +120,19 @@ class Pretrain:
             loss += metrics["loss"][0].double().cpu()
         loss_sum, weight, num_bytes = ranks.sum([loss.item(), weight, num_bytes])
         return {"val_loss": mean(loss_sum, weight), "val_bpb": mean(loss_sum / math.log(2), num_bytes)}
+
+
+def with_row_keys(batches: list[MicroBatch], seed: int, first: int) -> list[MicroBatch]:
+    """The micro-batches of samples from `first` on, a row each, with the column SAMPLE_KEY: it decides on all that is random."""
+    samples = itertools.count(first)
+    keyed = []
+    for batch in batches:
+        keys = torch.tensor([hash_key(seed, next(samples)) >> 1 for _ in batch.input_ids], dtype=torch.int64)
+        keyed.append(replace(batch, columns={**batch.columns, SAMPLE_KEY: keys}))
+    return keyed
+
+
+def use_row_keys(model: nn.Module, batch: MicroBatch) -> None:
+    """Let dropout in the next forward pass follow the samples of a training batch."""
+    if SAMPLE_KEY in batch.columns:
+        set_token_keys(model, token_keys(batch.columns[SAMPLE_KEY], batch.input_ids.shape[1]))

@@ -117,6 +117,28 @@ def tiny_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def encoder_data(tmp_path_factory) -> Path:
+    """As `tiny_data` for an encoder: a WordPiece, and 240 documents, each of sentences on one of three things."""
+    folder = tmp_path_factory.mktemp("encoder_data")
+    random = Random(0)
+    things = ["sun sky cloud rain wind storm", "cat dog bird runner barks sings", "red green paint brush walls room"]
+    documents = []
+    for _ in range(240):
+        words = random.choice(things).split()
+        sentences = []
+        for _ in range(random.randint(1, 5)):
+            first, count = random.randrange(6), random.randint(3, 7)
+            sentences.append(" ".join(["the", *(words[(first + i) % 6] for i in range(count)), "."]))
+        documents.append(json.dumps({"text": " ".join(sentences)}))
+    (folder / "text").mkdir()
+    (folder / "text" / "documents.jsonl").write_text("\n".join(documents))
+    flags = "--tokenizer_type wordpiece --vocab_size 90 --max_length 32 --stride 0 --val_fraction 0.2 --num_workers 1"
+    command = [sys.executable, "data_prep_tool.py", "--input_dir", folder / "text", "--output_dir", folder / "data"]
+    subprocess.run([*command, *flags.split()], cwd=ROOT, check=True, capture_output=True, text=True)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
 def bare_tokenizer():
     """A small byte-level tokenizer that knows the end of text and padding alone, as `--special_tokens` without any makes."""
     from dataprep.tokenizers import Tokenizer  # here: few tests need them

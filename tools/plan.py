@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from arguments import ArgumentParser
+from batches.sentence_pairs import open_sentence_pairs
 from batches.windows import Windows
 from dataprep.shards import load_metadata, open_split
 from dataprep.tokenizers import load_tokenizer
@@ -27,7 +28,7 @@ from finetune_data.examples import read_examples
 from model_config import ModelConfig
 from ranks import choose_device
 from training.config import TrainConfig, add_options, refuse_unread, resolve_config
-from training.loading import find_base, read_shape, reward_adapter
+from training.loading import find_base, read_base_shape, reward_adapter
 from training.metrics import peak_tflops
 from training.plan import GIB, RunPlan, example_sizes, format_plan, model_shape, plan_run
 from training.precision import Precision, choose_precision
@@ -100,9 +101,9 @@ def _table(
     if not 1 <= world_size <= config.batch_size:
         raise UserError(f"--world_size must lie between 1 and --batch_size {config.batch_size}, and is {world_size}")
     start = _start(config, before)
-    data = _windows(config) if config.stage == "pretrain" else _examples(config, start)
+    data = _windows(config) if config.on_text else _examples(config, start)
     model = start.shape
-    steps_known = config.stage == "pretrain" or origins["max_steps"] != "default"
+    steps_known = config.on_text or origins["max_steps"] != "default"
     if not steps_known and data.samples is not None:
         config, steps_known = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.samples)), True
 
@@ -139,7 +140,7 @@ def _start(config: TrainConfig, before: Start | None) -> Start:
         return before
     if config.init_from is not None:
         base = find_base(config.init_from)
-        return Start(read_shape(base), base, str(base))
+        return Start(read_base_shape(config, base), base, str(base))
     vocab_size, eos, tokenizer = config.vocab_size or _VOCAB_SIZE, None, None
     if config.data_dir:
         found = load_metadata(config.data_dir[0]).tokenizer
@@ -162,7 +163,11 @@ def _windows(config: TrainConfig) -> Data:
     length, stride = _row_length(config)
     if not config.data_dir:
         return Data(length, None, words="none given: rows of 2,048 tokens are assumed; name it with --data_dir")
-    return Data(length, sum(len(Windows(open_split(folder, "train"), length, stride)) for folder in config.data_dir))
+    splits = [open_split(folder, "train") for folder in config.data_dir]
+    if config.next_sentence:
+        tokenizer = load_tokenizer(config.data_dir[0], lazy=True)
+        return Data(length, open_sentence_pairs(splits, [], tokenizer, max_length=length, seed=0).num_samples)
+    return Data(length, sum(len(Windows(split, length, stride)) for split in splits))
 
 
 def _examples(config: TrainConfig, start: Start) -> Data:

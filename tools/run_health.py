@@ -16,6 +16,7 @@ import numpy as np
 from training.run_files import CheckpointFiles, Row, RunHistory, column, duration, number, printable, smoothed
 from training.stage_figures import figures_of, stage_of
 
+_TEXT_STAGES = ("pretrain", "mlm")  # in which a model that knows nothing guesses among all tokens
 ENDED = ("finished", "stopped", "failed")
 _BUSY_SECONDS = 1800.0  # for a first step, a compilation, an evaluation or a save, none of which moves the heartbeat
 _RECENT = 20  # rows: for how long a passing trouble stays on the screen
@@ -258,9 +259,9 @@ def _above_chance(run: RunHistory) -> str | None:
     level = float(np.median(after))
     # preferences begin at chance exactly, so a little noise may stand above it
     sure = level - 3 * _sigma(after) / math.sqrt(len(after)) > 1.01 * chance
-    if level <= chance or (stage_of(run) != "pretrain" and not sure):
+    if level <= chance or (stage_of(run) not in _TEXT_STAGES and not sure):
         return None
-    said = "a blind guess" if stage_of(run) == "pretrain" else "a guess between chosen and rejected"
+    said = "a blind guess" if stage_of(run) in _TEXT_STAGES else "a guess between chosen and rejected"
     return (
         f"after the warm-up the loss is {level:.3f}, above the {chance:.3f} of {said}: the labels or the learning rate "
         "are wrong"
@@ -280,7 +281,7 @@ def _loss_of_chance(run: RunHistory) -> float:
         beta = number(config.get("dpo_beta"))
         losses = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25 / beta**2 if beta > 0 else math.nan}
         return losses.get(str(config.get("dpo_loss")), math.nan)
-    if stage != "pretrain" or config.get("init_from"):
+    if stage not in _TEXT_STAGES or config.get("init_from"):
         return math.nan
     vocabulary = number(config.get("vocab_size"))
     if not math.isfinite(vocabulary):  # left to the tokenizer: the embedding has one row a token

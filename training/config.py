@@ -15,16 +15,19 @@ from typing import Any
 
 from arguments import ArgumentParser
 from errors import UserError
+from families.new_models import ENCODERS
 from training.config_file import read_config_file
 from training.option import add_flags, check_bounds, specs_of
 from training.option_groups import (
     GROUPS,
     PRESETS,
     SPECS,
+    TEXT_STAGES,
     AdaptersOptions,
     DataOptions,
     ExamplesOptions,
     HardwareOptions,
+    MaskingOptions,
     ModelOptions,
     OptimizationOptions,
     PreferenceOptions,
@@ -61,6 +64,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
     PreferenceOptions,
     AdaptersOptions,
     ExamplesOptions,
+    MaskingOptions,
     DataOptions,
     StageOptions,
 ):
@@ -76,18 +80,26 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_examples()
         self.check_adapters()
         self.check_model()
-        if self.stage == "reward" and self.sample_prompt:
-            raise UserError("--sample_prompt cannot be used with --stage reward: the model gives scores, not text")
+        if self.stage in ("reward", "mlm") and self.sample_prompt:
+            gives = "gives scores, not text" if self.stage == "reward" else "tells hidden tokens, and does not write"
+            raise UserError(f"--sample_prompt cannot be used with --stage {self.stage}: the model {gives}")
         if self.lora and self.init_from is None:
             raise UserError("--lora needs a model to adapt: name it with --init_from")
 
     def _check_stage(self, data_needed: bool) -> None:
         """UserError where what the stage starts from or learns from is missing, or was given for another stage."""
-        if self.stage == "pretrain":
+        if self.on_text:
             if data_needed and not self.data_dir:
                 raise UserError("--data_dir is missing: name a folder written by data_prep_tool.py")
             if self.train_data:
                 raise UserError("--train_data is for fine-tuning: add --stage sft, reward or dpo, or give --data_dir")
+            encoder = self.model in ENCODERS
+            if self.stage == "pretrain" and encoder:
+                raise UserError(f"--model {self.model} is an encoder, which learns hidden tokens: add --stage mlm")
+            if self.stage == "mlm" and self.init_from is None and not encoder:
+                raise UserError(
+                    f"--stage mlm trains an encoder: add --model {' or '.join(ENCODERS)}, or --init_from one"
+                )
             return
         if self.init_from is None:
             raise UserError(f"--init_from is missing: --stage {self.stage} starts from a model")
@@ -101,6 +113,11 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             raise UserError("--data_dir and --train_data both give examples: leave one of them out")
         if not self.data_dir and not self.train_data:
             raise UserError(f"--train_data is missing: name files of examples for --stage {self.stage}")
+
+    @property
+    def on_text(self) -> bool:
+        """Whether the stage learns from text, as data_prep_tool.py prepares it, and not from examples."""
+        return self.stage in TEXT_STAGES
 
     @property
     def resolved_warmup_steps(self) -> int:
@@ -209,5 +226,5 @@ def refuse_unread(config: TrainConfig, given: Collection[str]) -> None:
 def _stage_defaults(stage: str, lora: bool) -> dict[str, Any]:
     """What fine-tuning starts from instead of the defaults, which are pretraining's."""
     if stage not in _LEARNING_RATES:
-        return {}
+        return {"sample_prompt": ""} if stage == "mlm" else {}
     return _FINE_TUNING | {"learning_rate": _LEARNING_RATES[stage] * (10 if lora else 1)}

@@ -87,6 +87,10 @@ def next_command(config: TrainConfig, finished: bool, in_plan: bool) -> str:
         prompt = config.sample_prompt.strip() or "Hello"
         if config.stage == "pretrain":
             return f"try: python utils.py generate --checkpoint {config.save_dir} --prompt {prompt!r}"
+        if config.stage == "mlm":
+            if config.lora:
+                return "make a model of it and its base with utils.py merge"
+            return f"go on from it with --init_from {config.save_dir}, or open it as an AutoModelForMaskedLM"
         if config.stage == "reward":
             return f"give it to --stage ppo or grpo as --reward_model {config.save_dir}"
         return f"try: python utils.py chat --checkpoint {config.save_dir}"

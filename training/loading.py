@@ -73,6 +73,28 @@ def read_shape(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(config)
 
 
+def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
+    """The shape of the model of --init_from. UserError where it has not the head that the stage learns with."""
+    shape = read_shape(base)
+    named = f"--init_from {config.init_from} is a {shape.family}"
+    if config.stage != "mlm":
+        if not shape.causal:
+            raise UserError(
+                f"{named}, an encoder, which sees what comes after a token and writes no text: --stage mlm trains it on"
+            )
+        return shape
+    if shape.causal:
+        raise UserError(
+            f"{named}, which writes text from left to right: --stage mlm takes an encoder, and --stage pretrain this one"
+        )
+    if shape.head != "mlm":
+        raise UserError(f"{named} without a head that tells hidden tokens, which --stage mlm learns with")
+    if shape.next_sentence != config.next_sentence:
+        words = "with a next-sentence head: add" if shape.next_sentence else "without a next-sentence head: leave out"
+        raise UserError(f"{named} {words} --next_sentence")
+    return shape
+
+
 def build_model(
     config: TrainConfig, shape: ModelConfig, base: Path | None, checkpoint: Path | None, *,
     kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision, rows: int, num_new_tokens: int = 0,

@@ -18,6 +18,7 @@ from training.option import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    WITHIN,
     Runs,
     Spec,
     option,
@@ -26,7 +27,7 @@ from training.option import (
 )
 from training.schedule import SCHEDULES
 
-STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")
+STAGES = ("pretrain", "mlm", "sft", "reward", "dpo", "grpo", "ppo")
 PRECISIONS = ("auto", "bf16", "fp16", "none")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8},
@@ -37,9 +38,15 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 _PRESET_SIZES = ", ".join(f"{name} {size['hidden_size']}x{size['num_layers']}" for name, size in PRESETS.items())
 
-PRETRAIN, SFT, REWARD, DPO, GRPO, PPO = (runs_of(stage) for stage in STAGES)
+PRETRAIN, MLM, SFT, REWARD, DPO, GRPO, PPO = (runs_of(stage) for stage in STAGES)
+TEXT_STAGES = ("pretrain", "mlm")
+TEXT = runs_of(*TEXT_STAGES)
+WINDOWS = (
+    TEXT,
+    Runs("rows that are windows of the text, as those of --next_sentence are not", lambda c: not c.next_sentence),
+)
 ROLLOUTS = runs_of("grpo", "ppo")
-FINE_TUNING = Runs("fine-tuning", lambda c: c.stage != "pretrain")
+FINE_TUNING = Runs("fine-tuning", lambda c: c.stage not in TEXT_STAGES)
 ADAPTERS = Runs("--lora", lambda c: c.lora)
 NEW = Runs("models trained from nothing (--init_from has a shape of its own)", lambda c: c.init_from is None)
 
@@ -68,7 +75,7 @@ class StageOptions:
     python train.py --stage sft --init_from checkpoints/mine --train_data answers.jsonl
     """
 
-    stage: str = option("what is learned: pretrain (the next token of text), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers)", "pretrain", choices=STAGES)
+    stage: str = option("what is learned: pretrain (the next token of text), mlm (hidden tokens of text, by an encoder), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers)", "pretrain", choices=STAGES)
     init_from: str | None = option("model to start from: a Hugging Face folder, or a run or checkpoint of groundup; its tokenizer and shape are taken", None)
 
 
@@ -80,10 +87,10 @@ class DataOptions:
     """
 
     data_dir: list[str] = option("folder(s) written by data_prep_tool.py; several are mixed by --data_weights, and validation reads the first. Fine-tuning takes one, of --format sft or preference, in place of --train_data", [])
-    data_weights: list[float] = option("share of the samples drawn from each --data_dir (default: by their number of tokens)", [], bound=POSITIVE, read_by=PRETRAIN)
+    data_weights: list[float] = option("share of the samples drawn from each --data_dir (default: by their number of tokens)", [], bound=POSITIVE, read_by=TEXT)
     max_length: int | None = option("tokens in a row (default: what the data was prepared with)", None, bound=POSITIVE)
-    stride: int | None = option("overlap of neighbouring rows in tokens (default: what the data was prepared with; 0 when --max_length is given)", None, bound=NOT_NEGATIVE, read_by=PRETRAIN)
-    document_mask: bool = option("documents packed into one row do not see each other", True, read_by=PRETRAIN)
+    stride: int | None = option("overlap of neighbouring rows in tokens (default: what the data was prepared with; 0 when --max_length is given)", None, bound=NOT_NEGATIVE, read_by=WINDOWS)
+    document_mask: bool = option("documents packed into one row do not see each other", True, read_by=WINDOWS)
 
     def check_data(self) -> None:
         """UserError for weights that are not one for each folder."""
@@ -95,13 +102,25 @@ class DataOptions:
 
 
 @dataclass
+class MaskingOptions:
+    """Masked language modelling: --stage mlm, of an encoder.
+
+    python train.py --data_dir data/encoder --stage mlm --model bert --next_sentence --max_steps 20000
+    """
+
+    mask_probability: float | None = option("share of the tokens that are to be told: of ten 8 become the mask, 1 another token, and 1 stays (default: 0.15; 0.3 for ModernBERT)", None, bound=WITHIN, read_by=MLM)
+    whole_words: bool = option("choose words, and not their pieces, to be told", False, read_by=MLM)
+    next_sentence: bool = option("rows are pairs of texts, and whether the second follows the first is told, too (BERT)", False, read_by=(MLM, Runs("BERT, the family with a next-sentence head", lambda c: c.model == "bert" or c.init_from is not None)))
+
+
+@dataclass
 class ExamplesOptions:
-    """Examples to learn from in every stage but pretrain.
+    """Examples to learn from in fine-tuning: every stage but pretrain and mlm.
 
     python train.py --stage sft --init_from checkpoints/mine --train_data answers.csv --rename_columns question=prompt answer=completion
     """
 
-    train_data: list[str] = option("files of examples for every stage but pretrain: .json, .jsonl, .csv, .tsv, .parquet, also .gz; what their columns mean is detected and printed", [])
+    train_data: list[str] = option("files of examples for fine-tuning: .json, .jsonl, .csv, .tsv, .parquet, also .gz; what their columns mean is detected and printed", [])
     eval_data: list[str] = option("files of held-out examples (default: --eval_fraction of --train_data)", [], read_by=FINE_TUNING)
     eval_fraction: float = option("share of --train_data held out where there is no --eval_data; 0 holds none out", 0.02, bound=BELOW_ONE, read_by=(FINE_TUNING, Runs("runs without --eval_data", lambda c: not c.eval_data)))
     rename_columns: list[str] = option("column=meaning, for columns of other names: question=prompt answer=completion", [], read_by=FINE_TUNING)
@@ -205,7 +224,7 @@ class ModelOptions:
 
     model: str | None = option("family of the new model, with the parts and constants of its published ones (default: llama, or qwen3 with --qk_norm)", None, choices=tuple(NEW_MODELS), read_by=NEW)
     preset: str | None = option("sets --hidden_size, --num_layers and --num_heads: " + _PRESET_SIZES, None, choices=tuple(PRESETS), read_by=NEW)
-    vocab_size: int | None = option("must be the tokenizer's, which it defaults to; the weights are padded to a multiple of 128", None, read_by=PRETRAIN)
+    vocab_size: int | None = option("must be the tokenizer's, which it defaults to; the weights are padded to a multiple of 128", None, read_by=TEXT)
     hidden_size: int = option("width of the residual stream", 768, bound=POSITIVE, read_by=NEW)
     num_layers: int = option("transformer blocks", 12, bound=POSITIVE, read_by=NEW)
     num_heads: int = option("attention heads; must divide --hidden_size (default: those of the preset of that size, else heads of 64, or of 128 where 64 does not divide)", 12, bound=POSITIVE, read_by=NEW)
@@ -283,7 +302,7 @@ class OptimizationOptions:
     grad_clip: float = option("largest global gradient norm; 0 does not clip", 1.0, bound=NOT_NEGATIVE)
     router_aux_loss_coef: float | None = option("mixtures of experts: weight of the loss that keeps experts equally busy, row by row (default: 0.01, or what the base has)", None, bound=NOT_NEGATIVE, read_by=(PRETRAIN, MAY_HAVE_EXPERTS))
     router_z_loss_coef: float = option("mixtures of experts: weight of the squared log-normaliser of the routers", 0.001, bound=NOT_NEGATIVE, read_by=(PRETRAIN, MAY_HAVE_EXPERTS))
-    z_loss: float = option("weight of the squared log-normaliser (1e-5 is usual); kept out of the reported loss", 0.0, bound=NOT_NEGATIVE, read_by=PRETRAIN)
+    z_loss: float = option("weight of the squared log-normaliser (1e-5 is usual); kept out of the reported loss", 0.0, bound=NOT_NEGATIVE, read_by=TEXT)
 
 
 @dataclass
@@ -324,6 +343,7 @@ class RunOptions:
 GROUPS: dict[str, type] = {
     "stage": StageOptions,
     "data": DataOptions,
+    "masking": MaskingOptions,
     "examples": ExamplesOptions,
     "adapters": AdaptersOptions,
     "preference": PreferenceOptions,

@@ -30,7 +30,14 @@ _DRAWING_BYTES = 24  # a logit while a token is drawn: fp32 and its log-softmax,
 _DRAWING = "drawing answers (keys, values, logits)"
 _LASTING = ("weights", "adapters", "optimizer", "reference", "reward model")  # how what is always there begins
 _MEASURED_EXAMPLES = 2000
-_NOUNS = {"pretrain": "sequences", "sft": "examples", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
+_NOUNS = {
+    "pretrain": "sequences",
+    "mlm": "sequences",
+    "sft": "examples",
+    "reward": "pairs",
+    "dpo": "pairs",
+    "ppo": "prompts",
+}
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,13 @@ class RunPlan:
 
 
 def model_shape(
-    config: TrainConfig, vocab_size: int, max_length: int, eos_token_id: int | None, pad_token_id: int | None = None
-) -> ModelConfig:
-    """The model that the options ask for, its vocabulary padded to a multiple of 128."""
+    config: TrainConfig, vocab_size: int, max_length: int, eos_token_id: int | None, pad_token_id: int | None = None,
+    begin_id: int | None = None,
+) -> ModelConfig:  # fmt: skip
+    """The model that the options ask for, its vocabulary padded to a multiple of 128.
+
+    begin_id: [CLS], where documents begin with it.
+    """
     tied, theta = config.tie_word_embeddings, config.rope_theta
     given = {"tie_word_embeddings": tied, "rope_theta": theta, "qk_norm": config.qk_norm or None}
     head_dim = config.hidden_size // config.num_heads
@@ -75,6 +86,8 @@ def model_shape(
         parts |= {"expert_size": config.width_of_experts}
         given["router_aux_loss_coef"] = config.router_aux_loss_coef
         mlp_size = config.width_of_experts if config.model == "mixtral" else mlp_size
+    if config.next_sentence:
+        parts |= {"pooler": True, "next_sentence": True}
     return ModelConfig(
         vocab_size=padded(vocab_size),
         hidden_size=config.hidden_size,
@@ -86,7 +99,8 @@ def model_shape(
         max_position_embeddings=max_length,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
-        bos_token_id=eos_token_id,  # documents are only parted by it: it stands before a text as well as after
+        # documents are only parted by the end-of-text token, where nothing begins them: it stands before a text as well as after
+        bos_token_id=eos_token_id if begin_id is None else begin_id,
         **parts | {name: value for name, value in given.items() if value is not None},
     )
 
@@ -149,8 +163,14 @@ def plan_run(
             drawn_length=(longest_prompt or max(1, max_length - config.max_new_tokens)) + config.max_new_tokens,
             judges=int(config.reward_model is not None and not judge_over_base),
         ),
-        tokens_are="" if config.stage == "pretrain" else "at most " if tokens_per_example is None else "about ",
+        tokens_are=_tokens_are(config, tokens_per_example),
     )  # fmt: skip
+
+
+def _tokens_are(config: TrainConfig, tokens_per_example: float | None) -> str:
+    if config.on_text:
+        return "at most " if config.next_sentence else ""
+    return "at most " if tokens_per_example is None else "about "
 
 
 def sequences_per_example(config: TrainConfig) -> int:
@@ -161,11 +181,11 @@ def sequences_per_example(config: TrainConfig) -> int:
 
 
 def example_sizes(config: TrainConfig, train: Any) -> dict[str, Any]:
-    """What plan_run wants to know of the examples, from a stage's data to learn from; {} in pretraining.
+    """What plan_run wants to know of the examples, from a stage's data to learn from; {} of text.
 
     At most 2,000 of them, spread over all, are looked at. Of KTO's groups only the answer itself is learned from.
     """
-    if config.stage == "pretrain":
+    if config.on_text:
         return {}
     groups = getattr(train, "groups", train)
     step = -(-len(groups) // _MEASURED_EXAMPLES)
@@ -185,12 +205,13 @@ def learning_flops(config: TrainConfig, model: ModelConfig, length: float) -> fl
         4 W + 6 P + 12 L A D T       W is frozen: its own gradient, 2 a weight, is never computed, and adapters of P weights
                                      learn beside it (Hu et al. 2021)
 
-    W: the matrices of the layers, and the head but in a reward model, which has one row instead. PPO's critic is learned in
+    W: the matrices of the layers, and the head but in a reward model, which has one row instead; of a masked language model's
+    head the share that is masked, --mask_probability, of which special tokens take a little. PPO's critic is learned in
     the same step, so a second model without a head is added. Nothing else is: not drawing and judging answers, not the
     forward passes for the log-probabilities of a reference, of the policy that drew, and of KTO's KL, not decoding NF4.
     That the first layer's q, k and v need no gradient of their input, where the embedding is frozen, is not deducted.
     """
-    head = _head_parameters(model)
+    head = _head_parameters(model) + (model.hidden_size**2 if model.head == "mlm" else 0)
 
     def of_model(matrices: float) -> float:
         attention = 12.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
@@ -201,7 +222,14 @@ def learning_flops(config: TrainConfig, model: ModelConfig, length: float) -> fl
     layers = flops_per_token(model, 0) / 6.0 - head
     if config.stage == "reward":
         return of_model(layers)
+    if config.stage == "mlm":
+        return of_model(layers + mask_probability(config, model.family) * head)
     return of_model(layers + head) + (of_model(layers) if config.stage == "ppo" else 0.0)
+
+
+def mask_probability(config: TrainConfig, family: str) -> float:
+    """Of tokens: BERT's 15% (Devlin et al. 2019), or ModernBERT's 30% (Warner et al. 2024)."""
+    return config.mask_probability or (0.3 if family == "modernbert" else 0.15)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -236,7 +264,8 @@ def _memory(
     if config.stage != "reward":
         chunk = max(CUDA_CHUNK_BYTES if half else CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * 4 * model.vocab_size)
         head_gradient = 0.0 if config.lora else 4.0 * model.vocab_size * model.hidden_size
-        memory["loss (one chunk of logits)"] = min(tokens * model.vocab_size * 4, chunk) * _LOSS_CHUNKS + head_gradient
+        told = tokens * (mask_probability(config, model.family) if config.stage == "mlm" else 1.0)
+        memory["loss (one chunk of logits)"] = min(told * model.vocab_size * 4, chunk) * _LOSS_CHUNKS + head_gradient
     if half and not config.lora:
         memory["16-bit copies of the weights"] = 2.0 * learning
     if not config.lora and (config.stage == "ppo" or (config.stage == "grpo" and config.kl_coefficient)):
@@ -317,6 +346,11 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
     nouns = _NOUNS.get(config.stage) or f"prompts with {config.group_size} answers"
     if config.stage == "dpo" and config.dpo_loss == "kto":
         nouns = "answers"
+    if config.next_sentence:
+        nouns = "pairs"
+    head = ""
+    if config.stage == "mlm":
+        head = f" (the head's for the {mask_probability(config, model.family):.0%} that are masked)"
     rows = {
         "model": f"{model.hidden_size}x{model.num_hidden_layers}, {model.num_attention_heads} heads of {model.head_dim} "
         f"({model.num_key_value_heads} key/value), MLP {model.intermediate_size}, vocabulary {model.vocab_size:,}",
@@ -324,7 +358,7 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
         "batch": f"{config.batch_size} {nouns} = {plan.tokens_are}{plan.tokens_per_step:,} tokens a step: "
         f"{plan.world_size} rank(s) x {plan.tokens_are}{plan.accumulation_steps} micro-batch(es) of {plan.micro_batch_size}",
         "run": f"{config.max_steps:,} steps = {plan.tokens_are}{plan.total_tokens:,} tokens{epochs}",
-        "compute": f"{plan.flops_per_token:,.0f} FLOPs a token, {plan.total_flops:.3g} in all",
+        "compute": f"{plan.flops_per_token:,.0f} FLOPs a token{head}, {plan.total_flops:.3g} in all",
         "memory estimate": f"{plan.memory_total / GIB:.2f} GiB a rank ({memory})",
         "optimizer": f"{config.optimizer}, peak learning rate {config.learning_rate:g}, {warmup:,} steps of warm-up, {schedule}",
         **extra,

@@ -1,7 +1,7 @@
 """Which of the figures that a run writes tell how it goes? Of each stage the curve to watch, and what stands beside it.
 
-The loss does so where it is what is wanted: in pretraining, SFT and preferences. In reinforcement learning it hovers
-around zero whatever happens, and the reward is the curve.
+The loss does so where it is what is wanted: of text, in SFT and of preferences. In reinforcement learning it hovers around zero
+whatever happens, and the reward is the curve.
 """
 
 from collections.abc import Sequence
@@ -76,6 +76,15 @@ PLAIN = StageFigures(
 _BY_STAGE = {
     "pretrain": replace(
         PLAIN, figures=(("balance", "balance"), ("experts/busiest", "busiest expert"), ("experts/idle", "idle experts")),
+    ),
+    "mlm": StageFigures(
+        "loss", "val_loss", "nats per masked token", False,
+        (("masked_accuracy", "masked accuracy"), ("val_masked_accuracy", "held out"),
+         ("next_sentence_accuracy", "next-sentence accuracy"), ("val_next_sentence_accuracy", "held out")),
+        (_RATE, _GRADIENT, _SPEED,
+         Panel("masked tokens, next sentences told rightly (share)", ("masked_accuracy", "next_sentence_accuracy"),
+               ("val_masked_accuracy", "val_next_sentence_accuracy")),
+         Panel("held-out loss", held_out=("val_loss", "val_next_sentence_loss"), style="robust")),
     ),
     "sft": StageFigures(
         "loss", "val_loss", "nats per learned token", False, (),

@@ -30,7 +30,7 @@ _NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype"
 _KEPT_OPTIONS = (
     "stage", "lora", "lora_r", "lora_alpha", "lora_target_modules", "rslora", "dora", "load_in_4bit", "optimizer",
     "add_chat_tokens",
-    "model", "hidden_size", "num_layers", "num_heads", "rope_theta", "qk_norm", "tie_word_embeddings",
+    "model", "next_sentence", "hidden_size", "num_layers", "num_heads", "rope_theta", "qk_norm", "tie_word_embeddings",
 )  # fmt: skip
 
 

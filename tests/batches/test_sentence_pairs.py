@@ -72,12 +72,13 @@ def opened(data, split="train", max_length=32, seed=1, **more):
 
 
 def documents_of(split):
-    """{token: (document, place in it)}, read from the split; the end-of-text tokens are left out."""
+    """{token: (document, place in it)}, read from the split; what stands around every document is left out."""
     places = {}
     for number in range(split.num_documents):
         document = split.document(number)
-        for place, token in enumerate(split.read(document.start, document.stop - document.start - 1).tolist()):
-            places[token] = (number, place)
+        begin, *text, end = split.read(document.start, document.stop - document.start).tolist()
+        assert (begin, end) == (CLS, SEP)
+        places |= {token: (number, place) for place, token in enumerate(text)}
     return places
 
 

@@ -4,6 +4,7 @@ import json
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
@@ -178,20 +179,46 @@ def dataset(folder, **options):
 
 
 @pytest.mark.parametrize("kind", [{"tokenizer_type": "wordpiece", "lowercase": True}, {"encoder_tokens": True}])
-def test_documents_end_in_sep_and_forge_nothing_whatever_the_workers(tmp_path, kind):
+def test_documents_stand_between_cls_and_sep_and_forge_nothing_whatever_the_workers(tmp_path, kind):
     data = dataset(tmp_path, **kind)
-    assert load_metadata(data).tokenizer.eos_token == "[SEP]"
+    metadata = load_metadata(data)
+    assert metadata.tokenizer.eos_token == "[SEP]" and metadata.options["begins_with_cls"]
     split, tokenizer = open_split(data, "train"), load_tokenizer(data)
     texts = [text for text in TRAINING if text.strip()]
     assert split.num_documents == len(texts)
     for number, text in enumerate(texts):
         document = split.document(number)
         ids = split.read(document.start, document.stop - document.start).tolist()
-        assert ids == [*tokenizer.encode(text), 3]
-        assert not {0, 2, 3, 4} & set(ids[:-1])
+        assert ids == [2, *tokenizer.encode(text), 3]
+        assert not {0, 2, 3, 4} & set(ids[1:-1])
     again = dataset(tmp_path, **kind, num_workers=3, output_dir=tmp_path / "again")
     files = [path.relative_to(data) for path in sorted(data.rglob("*")) if path.is_file()]
     assert len(files) > 5 and all((data / file).read_bytes() == (again / file).read_bytes() for file in files)
+
+
+def test_so_do_those_of_an_encoder_from_elsewhere_and_of_no_other_tokenizer(tmp_path, wordpiece):
+    """As its own tokenizer in transformers encodes them; [CLS] once, however long the document is."""
+    folder, _ = wordpiece
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for eos in (None, "[SEP]"):
+        place = tmp_path / str(eos)
+        place.mkdir()
+        data = dataset(place, tokenizer_type="existing", tokenizer_dir=folder, vocab_size=0, eos_token=eos)
+        split = open_split(data, "train")
+        texts = [text for text in TRAINING if text.strip()]
+        for number, text in enumerate(texts):
+            document = split.document(number)
+            ids = split.read(document.start, document.stop - document.start).tolist()
+            assert "[" in text or ids == theirs(text).input_ids  # theirs takes a spelled [SEP] for one
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "a.txt").write_text("reader " * 9000)
+    long = tmp_path / "long_data"
+    prepare(
+        Options(tmp_path / "long", long, tokenizer_type="existing", tokenizer_dir=folder, num_workers=1), Progress()
+    )
+    ids = np.concatenate([open_split(long, s).read(0, open_split(long, s).num_tokens) for s in ("train", "val")])
+    assert (ids == 2).sum() == (ids == 3).sum() <= 2 and ids[0] == 2 and ids[-1] == 3
+    assert load_metadata(dataset(tmp_path, vocab_size=400)).options["begins_with_cls"] is None
 
 
 def test_flags_that_do_not_fit_are_refused(tmp_path):
