@@ -9,7 +9,7 @@ AutoModelFor….from_pretrained(base, config=AutoConfig.from_pretrained("ADAPTER
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ class TaskConfig(ModelConfig):
         """UserError where the family has no class for the task."""
         has_pooler = head_names(shape.family, task.stage).before == "pooler"
         heads = {"head": "none", "head_bias": False, "pooler": has_pooler, "next_sentence": False}
-        return cls(**asdict(shape) | heads, task=task, pooling=pooling)
+        parts = {one.name: getattr(shape, one.name) for one in fields(ModelConfig)}
+        return cls(**parts | heads, task=task, pooling=pooling)
 
 
 class DenseHead(nn.Module):
@@ -204,11 +205,11 @@ def document_means(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(B, T, H): at each token the mean over all tokens of its document; without cu_seqlens a row is one."""
     if cu_seqlens is None:
         return x.mean(dim=1, keepdim=True).expand_as(x)
-    batch, length, size = x.shape
-    ids = document_ids(cu_seqlens, batch, length).flatten()  # (B·T,)
-    sums = x.new_zeros(len(cu_seqlens), size).index_add(0, ids, x.flatten(0, 1))
-    counts = x.new_zeros(len(cu_seqlens)).index_add(0, ids, x.new_ones(len(ids)))
-    return (sums / counts.clamp(min=1.0)[:, None])[ids].view_as(x)
+    batch, length, _ = x.shape
+    # not index_add, whose sums on a GPU differ from run to run
+    sums = torch.segment_reduce(x.flatten(0, 1), "sum", offsets=cu_seqlens.long(), initial=0.0)  # (documents, H)
+    means = sums / cu_seqlens.diff().clamp(min=1)[:, None]
+    return means[document_ids(cu_seqlens, batch, length)]
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

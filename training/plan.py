@@ -15,6 +15,7 @@ import torch
 from adapters.lora import ALL_LINEAR, block_linears
 from adapters.token_rows import padded
 from errors import UserError
+from families.task_names import TASKS
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
 from model import ParameterCount, Transformer, count_parameters, flops_per_token
 from model_config import ModelConfig
@@ -29,7 +30,11 @@ _DRAWING_BYTES = 24  # a logit while a token is drawn: fp32 and its log-softmax,
 _DRAWING = "drawing answers (keys, values, logits)"
 _LASTING = ("weights", "adapters", "optimizer", "reference", "reward model")  # how what is always there begins
 _MEASURED_EXAMPLES = 2000
-_NOUNS = {"pretrain": "sequences", "sft": "examples", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
+_NOUNS = {
+    "pretrain": "sequences", "sft": "examples", "reward": "pairs", "dpo": "pairs", "ppo": "prompts",
+    "classify": "texts", "tag": "sentences", "answer": "windows",
+}  # fmt: skip
+_SCORERS = ("reward", *TASKS)  # a few rows in place of the head, counted as one
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ def learning_flops(config: TrainConfig, model: ModelConfig, length: float) -> fl
         return 6.0 * matrices + attention
 
     layers = flops_per_token(model, 0) / 6.0 - head
-    if config.stage == "reward":
+    if config.stage in _SCORERS:
         return of_model(layers)
     return of_model(layers + head) + (of_model(layers) if config.stage == "ppo" else 0.0)
 
@@ -208,7 +213,7 @@ def _memory(
     """
     width = 2 if half else 4
     whole, scorer = count_parameters(model).total, _scorer_parameters(model)
-    learning = scorer if config.stage == "reward" else whole
+    learning = scorer if config.stage in _SCORERS else whole
     models = 2 if config.stage == "ppo" else 1  # policy and critic, whose forward passes both precede the backward pass
     if config.lora:
         adapters = models * count_adapter_parameters(config, model)
@@ -224,7 +229,7 @@ def _memory(
             "optimizer state (fp32)": float(_state_bytes(config, model, learning, models)),
         }
     memory["activations"] = float(models * tokens * model.num_hidden_layers * _kept_per_token(model) * width)
-    if config.stage != "reward":
+    if config.stage not in _SCORERS:
         chunk = max(CUDA_CHUNK_BYTES if half else CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * 4 * model.vocab_size)
         head_gradient = 0.0 if config.lora else 4.0 * model.vocab_size * model.hidden_size
         memory["loss (one chunk of logits)"] = min(tokens * model.vocab_size * 4, chunk) * _LOSS_CHUNKS + head_gradient
@@ -272,7 +277,7 @@ def _frozen_bytes(config: TrainConfig, model: ModelConfig, weights: int, width: 
     if not config.load_in_4bit:
         return float(width * weights)
     outside = count_parameters(model).embedding
-    if not (model.tie_word_embeddings or config.stage == "reward"):
+    if not (model.tie_word_embeddings or config.stage in _SCORERS):
         outside += _head_parameters(model)
     return outside * float(width) + (weights - outside) * _NF4_BYTES
 
