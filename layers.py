@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from experts import Experts, Routing
 from kernels.attention import attention
 from kernels.attention_masks import AttentionMask
 from kernels.choice import KernelChoice
@@ -34,6 +34,7 @@ class Shared(NamedTuple):
 
     rotary: cos and sin by kind of layer; empty where no layer turns. masks: who may see whom, by kind of layer.
     cache: what keys and values are appended to. dropout: its probability, and token_keys (B, T), which decide on it.
+    routing: takes in what each layer's router did, where that is asked for.
     """
 
     rotary: dict[str, tuple[Tensor, Tensor]]
@@ -42,6 +43,7 @@ class Shared(NamedTuple):
     kernels: KernelChoice
     dropout: float = 0.0
     token_keys: Tensor | None = None
+    routing: list[Routing] | None = None
 
     def dropped(self, x: Tensor, stream: int) -> Tensor:
         """x with elements zeroed as dropout says; `stream` is another number for each use."""
@@ -228,6 +230,21 @@ class MLP(nn.Module):
         return self.gate_proj(x), self.up_proj(x)
 
 
+class MixtureMLP(Experts):
+    """Experts in an MLP's place."""
+
+    def __init__(self, config: ModelConfig):
+        assert config.num_experts is not None and config.expert_size is not None
+        assert config.experts_per_token is not None
+        super().__init__(
+            config.hidden_size, config.expert_size, config.num_experts, config.experts_per_token,
+            config.normalise_routing,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:  # type: ignore[override]  # as MLP's
+        return super().forward(x, shared.kernels.swiglu, shared.routing)
+
+
 def activation(x: Tensor, name: str) -> Tensor:
     """x by one of: silu; gelu, the erf form; gelu_tanh (Hendrycks & Gimpel 2016); relu2 (So et al. 2021)."""
     match name:
@@ -265,9 +282,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm_of(config, config.hidden_size)
         if config.norm_position == "both":
             self.pre_feedforward_layernorm = norm_of(config, config.hidden_size)
-        if config.has_experts(layer):
-            raise UserError("config.json: num_experts is given, and mixtures of experts cannot be computed yet")
-        self.mlp = MLP(config)
+        self.mlp = MixtureMLP(config) if config.has_experts(layer) else MLP(config)
         if config.norm_position != "before":
             self.post_feedforward_layernorm = norm_of(config, config.hidden_size)
 

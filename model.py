@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import UserError
+from experts import Routing
 from families.common import INIT_STD
 from families.weights import canonical_name, stored_views
 from kernels.attention_masks import AttentionMask, document_ids, document_mask, document_positions, row_mask
@@ -105,8 +106,11 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         cache: "KVCache | None" = None,
         token_types: Tensor | None = None,
-    ) -> Tensor:
+        with_routing: bool = False,
+    ) -> Any:
         """Hidden states (B, T, H) after the final norm, for input_ids (B, T) int64.
+
+        With with_routing (those, what each layer's router did: a list of experts.Routing).
 
         positions (B, T) or (1, T): each token's place in its document; by default counted from the last boundary of
         cu_seqlens, or from the cache's length.
@@ -124,10 +128,12 @@ class Transformer(nn.Module):
         elif positions is None:
             positions = torch.arange(past, past + length, device=input_ids.device)[None]  # (1, T)
         x = self.embedded(input_ids, positions, token_types)  # (B, T, H)
+        routing: list[Routing] | None = [] if with_routing else None
         shared = Shared(
             self._rotary(positions, past + length, cu_seqlens),
             self._masks(x, past, cu_seqlens, max_seqlen),
             cache, self.kernels, self.dropout if self.training else 0.0, self.token_keys,
+            routing,
         )  # fmt: skip
         x, update = shared.dropped(x, 2 * self.config.num_hidden_layers), None
         for block in self.model.layers:
@@ -135,8 +141,9 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += length
         if self.config.final_norm:
-            return self.model.norm.add(x, update, self.kernels.rms_norm)[0]
-        return x if update is None else x + update
+            x, update = self.model.norm.add(x, update, self.kernels.rms_norm)[0], None
+        hidden = x if update is None else x + update
+        return (hidden, routing) if with_routing else hidden
 
     def embedded(self, input_ids: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
         """(B, T, H): what the first block reads."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.quantised_experts import STACKS, NF4Experts, quantise_experts
 from adapters.token_rows import store_rows
 from errors import UserError
 from families.weights import stored_path, stored_views
@@ -99,12 +100,17 @@ def adapter_settings(model: nn.Module) -> dict[str, AdapterSettings]:
 
 
 def block_linears(model: nn.Module) -> dict[str, str]:
-    """The linear layers of the blocks by their path in the model: their path in its family's classes."""
+    """The linear layers of the blocks by their path in the model: their path in its family's classes.
+
+    Of a mixture of experts those of attention alone: PEFT takes the names of an MLP's layers for the experts there.
+    """
     inner = unwrap(model)
+    parts = (".self_attn.",) if inner.config.num_experts else (".self_attn.", ".mlp.")
     return {
         path: stored_path(inner.config.family, path)
         for path, layer in inner.named_modules()
         if path.rpartition(".")[2] in BLOCK_LINEARS and isinstance(layer, (nn.Linear, LoraLinear))
+        if any(part in path for part in parts)
     }
 
 
@@ -401,7 +407,7 @@ def place_adapters(
         layer.add(name, a, settings.scale_of(stored), dropout=settings.dropout, dora=settings.dora)
         layer.stream = _stream(path)
     for module in model.modules():
-        if isinstance(module, LoraLinear):  # the kernels may have been chosen after the base was loaded
+        if isinstance(module, (LoraLinear, NF4Experts)):  # the kernels may have been chosen after the base was loaded
             module.implementation = model.kernels.nf4
     vars(model)["adapters"] = {**adapter_settings(model), name: settings}
     if rows:
@@ -409,10 +415,11 @@ def place_adapters(
 
 
 def quantise_layers(model: Transformer) -> None:
-    """Put the weights of the block linears that have no adapters yet in NF4, one after another."""
+    """Put the weights of the block linears that have no adapters yet, and of experts, in NF4, one after another."""
     for path in block_linears(model):
         if isinstance(linear := model.get_submodule(path), nn.Linear):
             _replace(model, path, LoraLinear(quantise_nf4(linear.weight.data), model.kernels.nf4, _data(linear.bias)))
+    quantise_experts(model, model.kernels.nf4)
 
 
 def _data(bias: Tensor | None) -> Tensor | None:
@@ -536,8 +543,11 @@ def merged_state(
     for name in plain_shapes(inner) if names is None else names:
         path, _, leaf = name.rpartition(".")
         layer = inner.get_submodule(path)
-        merges = isinstance(layer, LoraLinear) and leaf == "weight"
-        tensor = layer.merged_weight() if merges else parameters[name].detach()
+        if isinstance(layer, NF4Experts) and leaf in STACKS:
+            tensor = layer.decoded(leaf, torch.float32)
+        else:
+            merges = isinstance(layer, LoraLinear) and leaf == "weight"
+            tensor = layer.merged_weight() if merges else parameters[name].detach()
         state |= stored_views(inner.config.family, name, tensor.to(dtype))
     return state
 

@@ -33,6 +33,7 @@ from adapters.lora import (
     store_learned,
     target_names,
 )
+from adapters.quantised_experts import NF4Experts
 from adapters.token_rows import token_rows, vocabulary_layers, write_rows
 from checkpointing.safetensors_writer import safetensors_chunks, write_file
 from checkpointing.save import MAX_SHARD_BYTES, write_weights
@@ -41,6 +42,7 @@ from errors import UserError
 from families.names import FAMILIES
 from families.weights import is_transposed, stored_path, stored_views
 from kernels.nf4 import NF4Weight, from_bitsandbytes, quantise_nf4, to_bitsandbytes
+from layers import MixtureMLP
 from model import Transformer, load_pretrained, open_safetensors, read_json, stored_names
 from model_config import ModelConfig
 from ranks import unwrap
@@ -397,10 +399,10 @@ def load_base(
     shape = ModelConfig.from_hf(config)
     holders, family = stored_names(folder, shape), shape.family
 
-    def read(name: str) -> Tensor | NF4Weight:
-        weight = _read_weight(holders, family, name)
-        if _is_block_linear(name):
-            return quantise_nf4(weight.to(device, dtype))
+    def read(name: str, parameter: Tensor) -> Tensor | NF4Weight:
+        weight = _read_weight(holders, family, name, parameter)
+        if _is_block_linear(name) or parameter.dim() == 3:
+            return quantise_nf4(weight.to(device, dtype).flatten(0, -2))
         return weight.to(device, dtype, copy=True)
 
     return _assemble(folder, shape, holders, read)
@@ -425,11 +427,11 @@ def load_quantised(
     holders, family = stored_names(folder, shape), shape.family
     dtype = dtype or stored_dtype(folder)
 
-    def read(name: str) -> Tensor | NF4Weight:
+    def read(name: str, parameter: Tensor) -> Tensor | NF4Weight:
         path, _, leaf = name.rpartition(".")
         stored = f"{stored_path(family, path)}.{leaf}"
         if f"{stored}.absmax" not in holders:
-            return _read_weight(holders, family, name).to(device, dtype, copy=True)
+            return _read_weight(holders, family, name, parameter).to(device, dtype, copy=True)
         parts = [key for key in holders if key == stored or key.startswith(f"{stored}.")]
         return from_bitsandbytes({key: _read_tensor(holders, key).to(device, copy=True) for key in parts}, stored)
 
@@ -441,15 +443,22 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     config = read_json(Path(folder) / CONFIG)
     config.pop("quantization_config", None)
     shape = ModelConfig.from_hf(config)
-    return _read_weight(stored_names(Path(folder), shape), shape.family, "model.embed_tokens.weight").dtype
+    embedding = torch.empty(0, 0, device="meta")
+    return _read_weight(stored_names(Path(folder), shape), shape.family, "model.embed_tokens.weight", embedding).dtype
 
 
 Holders = Mapping[str, tuple[Path, str]]  # the file that holds each tensor, and its name there
 
 
-def _read_weight(holders: Holders, family: str, name: str) -> Tensor:
-    """The model's parameter `name` as the folder holds it, mapped where it is one tensor."""
-    weight = _read_tensor(holders, next(iter(stored_views(family, name, torch.empty(0, 0, device="meta")))))
+def _read_weight(holders: Holders, family: str, name: str, parameter: Tensor) -> Tensor:
+    """The model's parameter `name` as the folder holds it, mapped where it is one tensor. parameter: on "meta", its shape."""
+    views = stored_views(family, name, parameter)
+    weight = _read_tensor(holders, next(iter(views)))
+    if len(views) > 1:  # stacked experts
+        stacked = torch.empty(parameter.shape, dtype=weight.dtype)
+        for stored, view in stored_views(family, name, stacked).items():
+            view.copy_(_read_tensor(holders, stored))
+        return stacked
     return weight.t() if name.endswith(".weight") and is_transposed(family, name.removesuffix(".weight")) else weight
 
 
@@ -463,7 +472,7 @@ def _read_tensor(holders: Holders, name: str) -> Tensor:
 
 
 def _assemble(
-    folder: Path, config: ModelConfig, holders: Holders, read: Callable[[str], Tensor | NF4Weight]
+    folder: Path, config: ModelConfig, holders: Holders, read: Callable[[str, Tensor], Tensor | NF4Weight]
 ) -> Transformer:
     """The model with the weights that `read` returns by name, put in one after another."""
     with torch.device("meta"):
@@ -473,9 +482,13 @@ def _assemble(
     left_over = [name for name in holders if name not in known and not _is_part_of_nf4(name, holders, known)]
     if left_over:
         raise UserError(f"{folder}: {len(left_over)} weights do not belong to the model, {min(left_over)} first")
+    stacks: dict[str, dict[str, NF4Weight]] = {}  # of experts, by the path of their MLP
     for name, parameter in parameters.items():
         path, _, leaf = name.rpartition(".")
-        weight = read(name)
+        weight = read(name, parameter)
+        if isinstance(weight, NF4Weight) and parameter.dim() == 3:
+            stacks.setdefault(path, {})[leaf] = weight
+            continue
         if tuple(weight.shape) != tuple(parameter.shape):
             shapes = f"{tuple(weight.shape)}, but config.json asks for {tuple(parameter.shape)}"
             raise UserError(f"{folder}: {name} has the shape {shapes}")
@@ -485,6 +498,11 @@ def _assemble(
             setattr(model.get_submodule(parent), child, LoraLinear(weight, model.kernels.nf4, bias))
         else:
             setattr(model.get_submodule(path), leaf, nn.Parameter(weight))
+    for path, weights in stacks.items():
+        parent, _, child = path.rpartition(".")
+        mlp = model.get_submodule(path)
+        assert isinstance(mlp, MixtureMLP)
+        setattr(model.get_submodule(parent), child, NF4Experts(mlp, weights, model.kernels.nf4))
     return model
 
 
@@ -510,6 +528,10 @@ def quantised_state(model: nn.Module, names: Iterable[str] | None = None) -> dic
     NF4 layers.
     """
     inner = unwrap(model)
+    if inner.config.num_experts:
+        raise UserError(
+            "a mixture of experts cannot be saved in 4 bits: no other tool reads its stacked experts; use --load_in_4bit"
+        )
     if not is_quantised(inner):
         raise ValueError("the model has no 4-bit layers; load it with load_base(quantise='nf4')")
     parameters, dtype = dict(inner.named_parameters()), inner.model.embed_tokens.weight.dtype

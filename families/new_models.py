@@ -13,10 +13,13 @@ NEW_MODELS = {
     "qwen3": "qwen3",
     "gemma3": "gemma3_text",
     "olmo2": "olmo2",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
     "bert": "bert",
     "modernbert": "modernbert",
 }
 ENCODERS = ("bert", "modernbert")
+MIXTURES = ("mixtral", "qwen3_moe")
 # where published models differ from what transformers assumes of a config.json that is silent
 _USUAL: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-5},
@@ -24,9 +27,12 @@ _USUAL: dict[str, dict[str, Any]] = {
     "qwen3": {"rope_theta": 1e6},
     "gemma3_text": {"sliding_window": 512},
     "olmo2": {"rope_theta": 5e5},
+    "mixtral": {"router_aux_loss_coef": 0.01},
+    "qwen3_moe": {"rope_theta": 1e6, "normalise_routing": True, "router_aux_loss_coef": 0.01},
 }
 _GPT2_SIZES = {"n_embd": 2, "n_layer": 1, "n_head": 1}
 _SIZES = {*REQUIRED, *DEFAULTS} - {"rms_norm_eps", "tie_word_embeddings"}
+_SIZES |= {"num_experts", "experts_per_token", "expert_size"}
 
 
 def parts_of_new(model: str, num_layers: int, head_dim: int) -> dict[str, Any]:

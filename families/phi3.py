@@ -48,6 +48,8 @@ def write(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
         scaling = {"type": "longrope"} | fields["rope_scaling"]
         original = scaling.pop("original_max_position_embeddings")
         del scaling["rope_type"]
+        if scaling.get("factor") == fields["max_position_embeddings"] / original:  # what both versions take without
+            del scaling["factor"]
         config["rope_scaling"] = scaling
     config["rope_parameters"]["partial_rotary_factor"] = partial
     return config | {

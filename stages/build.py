@@ -133,6 +133,7 @@ def build_stage(
             data=data.train, validation=data.held_out, token_bytes=TokenBytes(data.held_out.split, data.tokenizer), ranks=ranks,
             precision=precision, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
             eval_tokens=config.eval_tokens, z_loss=config.z_loss,
+            balance_weight=unwrap(model).config.router_aux_loss_coef, router_z_weight=config.router_z_loss_coef,
         )  # fmt: skip
     if config.stage in ("grpo", "ppo"):
         return _reinforcement_stage(config, data, model, ranks, precision, micro_batch_size)

@@ -18,6 +18,7 @@ from batches.micro_batch import IGNORE_INDEX, MicroBatch
 from batches.sampler import hash_key
 from batches.windows import BYTES, TrainingData, Windows, evaluation_micro_batches
 from dataprep.token_bytes import TokenBytes
+from experts import Routing, balancing_losses, expert_figures, z_losses
 from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import Ranks, unwrap
 from training.examples_data import SAMPLE_KEY, without_dropout
@@ -29,7 +30,8 @@ from training.precision import Precision
 class Pretrain:
     """Next-token prediction on the windows of `data`; `validation` is read in order at each evaluation.
 
-    token_bytes: what each token of its split stands for.
+    token_bytes: what each token of its split stands for. balance_weight, router_z_weight: of the two losses of a mixture
+    of experts (experts.py), which each row adds by its number of targets.
     """
 
     data: TrainingData
@@ -41,6 +43,8 @@ class Pretrain:
     micro_batch_size: int
     eval_tokens: int
     z_loss: float
+    balance_weight: float = 0.0
+    router_z_weight: float = 0.0
 
     def batches(self, first_sample: int) -> Iterator[list[MicroBatch]]:
         """For each optimizer step from sample `first_sample` on, without end: this rank's micro-batches."""
@@ -56,19 +60,34 @@ class Pretrain:
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss in nats to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight."""
-        use_row_keys(unwrap(model), batch)
-        hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
-        states, weight = unwrap(model).head_inputs(hidden.flatten(0, 1))  # (B·T, H), (V, H)
+        inner = unwrap(model)
+        use_row_keys(inner, batch)
+        given = {"max_seqlen": batch.input_ids.shape[1], "with_routing": inner.config.num_experts is not None}
+        hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, **given)
+        hidden, routing = hidden if given["with_routing"] else (hidden, None)
+        states, weight = inner.head_inputs(hidden.flatten(0, 1))  # (B·T, H), (V, H)
         sums = linear_cross_entropy(
             states,
             weight,
             batch.targets.flatten(),
             ignore_index=IGNORE_INDEX,
-            softcap=unwrap(model).softcap,
+            softcap=inner.softcap,
             z_loss=self.z_loss,
-            implementation=unwrap(model).kernels.linear_cross_entropy,
+            implementation=inner.kernels.linear_cross_entropy,
         )
-        return sums.total, {"loss": (sums.cross_entropy, batch.weight)}
+        metrics: Metrics = {"loss": (sums.cross_entropy, batch.weight)}
+        if routing is None:
+            return sums.total, metrics
+        added, of_experts = self._router_losses(routing, inner.config.experts_per_token, batch)
+        return sums.total + added, metrics | of_experts
+
+    def _router_losses(self, routing: list[Routing], per_token: int, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        """What the routers add to the summed loss, and their metrics: of each row by the number of its targets."""
+        weights = (batch.targets != IGNORE_INDEX).sum(1).float()  # (B,)
+        balance, z = balancing_losses(routing, per_token), z_losses(routing, per_token)
+        figures = {"balance": balance, "router_z": z, **expert_figures(routing)}
+        added = (weights * (self.balance_weight * balance + self.router_z_weight * z)).sum()
+        return added, {name: ((weights * each).sum().detach(), batch.weight) for name, each in figures.items()}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, everything: bool) -> Figures:

@@ -63,6 +63,19 @@ MODELS: dict[str, tuple[str, str, dict]] = {
         "GraniteConfig", "GraniteForCausalLM",
         {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 4.0},
     ),
+    "mixtral": (
+        "MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    ),
+    "qwen3 moe": (
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True, "head_dim": 24,
+         "mlp_only_layers": [1]},
+    ),
+    "qwen3 moe unnormalised": (
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 40, "norm_topk_prob": False,
+         "decoder_sparse_step": 2},
+    ),
     "llama dynamic": (
         "LlamaConfig", "LlamaForCausalLM",
         {"max_position_embeddings": 24, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},

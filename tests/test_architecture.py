@@ -15,6 +15,7 @@ LAYERS = [
     {"kernels"},
     {"families"},
     {"model_config"},
+    {"experts"},
     {"layers"},
     {"model"},
     {"dataprep", "checkpointing"},

@@ -72,7 +72,16 @@ def test_logits_loss_and_every_gradient(pair):
     compared = set()
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
+        if parameter.dim() == 3:  # which transformers stacks in memory, too
+            layer, leaf = name.split(".")[2], name.rpartition(".")[2]
+            [stored] = [key for key in their_gradients if f".{layer}.mlp." in key and key.endswith(f"experts.{leaf}")]
+            close(parameter.grad, their_gradients[stored])
+            compared.add(stored)
+            continue
         for stored, gradient in stored_views(ours.config.family, name, parameter.grad).items():
+            stored = (
+                stored if stored in their_gradients else name
+            )  # Mixtral's router, which is saved under another name
             close(gradient, their_gradients[stored])
             compared.add(stored)
     assert compared == their_gradients.keys()

@@ -130,6 +130,8 @@ def build_model(
         if checkpoint is None:
             plain.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
     plain.dropout = config.dropout
+    if config.router_aux_loss_coef is not None:
+        plain.config.router_aux_loss_coef = config.router_aux_loss_coef
     model: Transformer | ActorCritic = plain
     if config.lora:
         assert base is not None

@@ -75,7 +75,10 @@ def build_optimizers(
 
 
 def _split_by_role(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters: 2-D matrices inside the blocks; other matrices, such as the head; what is never decayed."""
+    """Trainable parameters: matrices inside the blocks, experts' too; other ones, such as the head; what is never decayed.
+
+    Routers are among the others: their rows are scores of single experts, and none of them a direction of many.
+    """
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     hidden, other_matrices, undecayed = [], [], []
     for name, parameter in model.named_parameters():
@@ -83,7 +86,7 @@ def _split_by_role(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             undecayed.append(parameter)
-        elif parameter.ndim == 2 and "layers" in name.split("."):
+        elif "layers" in name.split(".") and not name.endswith(".mlp.gate.weight"):
             hidden.append(parameter)
         else:
             other_matrices.append(parameter)
@@ -112,8 +115,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.iteration_dtype = iteration_dtype
         for group in self.param_groups:
-            if any(parameter.ndim != 2 for parameter in group["params"]):
-                raise ValueError("Muon updates 2-D matrices only")
+            if any(parameter.ndim not in (2, 3) for parameter in group["params"]):
+                raise ValueError("Muon updates matrices, or stacks of them, only")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -133,7 +136,7 @@ class Muon(torch.optim.Optimizer):
             for batch, updates in self._orthogonal_updates(parameters, group["momentum"]):
                 for parameter, update in zip(batch, updates.unbind(), strict=True):
                     update = update.mT if _is_tall(parameter) else update
-                    scale = 0.2 * math.sqrt(max(parameter.shape))
+                    scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
                     decayed = parameter * (1.0 - group["lr"] * group["weight_decay"])
                     _assign(parameter, decayed.add_(update, alpha=-group["lr"] * scale), skip)
 
@@ -149,7 +152,7 @@ class Muon(torch.optim.Optimizer):
             if ranks == 1:
                 yield mine, updates
                 continue
-            shapes = [(len(batch), *sorted(batch[0].shape)) for batch in shared]
+            shapes = [(len(batch), *_lying_shape(batch[0])) for batch in shared]
             for batch, shape, flat in zip(
                 shared, shapes, self._gather(updates, shapes, ranks, shared[0][0].device), strict=False
             ):
@@ -177,27 +180,27 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(batch, rows <= columns) matrices U·S·Vᵀ -> about U·Vᵀ: singular values of roughly 0.7 … 1.2 instead of S.
+    """(…, rows <= columns) matrices U·S·Vᵀ -> about U·Vᵀ: singular values of roughly 0.7 … 1.2 instead of S.
 
     Five Newton-Schulz steps in `dtype`, which is the result's; they forgive the rounding of bf16. Zero matrices stay zero.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     # The iteration needs every singular value <= 1; the Frobenius norm bounds them. In fp32, before any rounding.
-    matrices = matrices.float()
+    shape, matrices = matrices.shape, matrices.float().flatten(0, -3)
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(1e-7)
     x = x.to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x
+    return x.view(shape)
 
 
 def _batches_of_equal_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
     """Matrices of one shape, either way up, at most `MATRICES_PER_BATCH` a batch; costly first, so ranks are even."""
     by_shape = defaultdict(list)
     for parameter in parameters:
-        by_shape[tuple(sorted(parameter.shape))].append(parameter)
+        by_shape[_lying_shape(parameter)].append(parameter)
     return [
         same_shape[first : first + MATRICES_PER_BATCH]
         for _, same_shape in sorted(by_shape.items(), key=lambda item: -math.prod(item[0]))
@@ -206,7 +209,12 @@ def _batches_of_equal_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _is_tall(matrix: Tensor) -> bool:
-    return matrix.shape[0] > matrix.shape[1]
+    return matrix.shape[-2] > matrix.shape[-1]
+
+
+def _lying_shape(matrix: Tensor) -> tuple[int, ...]:
+    """The shape of a matrix, or of a stack of them, with its short side first."""
+    return *matrix.shape[:-2], *sorted(matrix.shape[-2:])
 
 
 def _assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:

@@ -8,7 +8,7 @@ None means: worked out from the other options, the data or the machine, as the h
 from dataclasses import dataclass
 
 from errors import UserError
-from families.new_models import ENCODERS, NEW_MODELS
+from families.new_models import ENCODERS, MIXTURES, NEW_MODELS
 from kernels.attention_backends import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
 from training.optimizers import OPTIMIZERS
@@ -56,6 +56,10 @@ def new_with(words: str, *models: str) -> tuple[Runs, Runs]:
     return NEW, Runs(
         f"models with {words}, which --model {' and '.join(models)} have not", lambda c: c.model not in models
     )
+
+
+MAY_HAVE_EXPERTS = Runs("mixtures of experts", lambda c: c.init_from is not None or c.model in MIXTURES)
+OF_EXPERTS = Runs(f"--model {' and '.join(MIXTURES)}", lambda c: c.model in MIXTURES)
 
 
 def dpo_runs(loss: str) -> Runs:
@@ -230,9 +234,19 @@ class ModelOptions:
     qk_norm: bool = option("RMSNorm on each query and key head; the checkpoint is then a Qwen3 instead of a Llama", False, read_by=(NEW, Runs("models without --model, or with --model qwen3", lambda c: c.model in (None, "qwen3"))))
     tie_word_embeddings: bool | None = option("one matrix for embedding and head; saves memory below some 350M parameters (default: as --model has it; llama, mistral, qwen3 and olmo2 have two)", None, read_by=new_with("a choice", "gemma3", *ENCODERS))
 
+    num_experts: int = option("experts of each block's MLP", 8, bound=POSITIVE, read_by=(NEW, OF_EXPERTS))
+    experts_per_token: int = option("how many of them work on a token", 2, bound=POSITIVE, read_by=(NEW, OF_EXPERTS))
+    expert_size: int | None = option("width of an expert (default: that of a dense MLP for mixtral; for qwen3_moe that over --experts_per_token, rounded up to a multiple of 64)", None, bound=POSITIVE, read_by=(NEW, OF_EXPERTS))
+
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def width_of_experts(self) -> int:
+        """That of a dense MLP, or what makes as many multiplications a token with several experts."""
+        dense = self.mlp_size if self.model == "mixtral" else -(-self.mlp_size // self.experts_per_token // 64) * 64
+        return self.expert_size or dense
 
     @property
     def mlp_size(self) -> int:
@@ -242,7 +256,11 @@ class ModelOptions:
         return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
 
     def check_model(self) -> None:
-        """UserError for heads that do not divide the width, or that rotary embedding cannot pair."""
+        """UserError for heads that do not divide the width, or that rotary embedding cannot pair; for too few experts."""
+        if self.model in MIXTURES and self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"--experts_per_token {self.experts_per_token} is more than --num_experts {self.num_experts}; lower it"
+            )
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"--num_heads {self.num_heads} does not divide --hidden_size {self.hidden_size}; "
@@ -282,6 +300,8 @@ class OptimizationOptions:
     beta1: float = option("AdamW: decay of the first moment", 0.9, bound=BELOW_ONE)
     beta2: float = option("AdamW: decay of the second moment", 0.95, bound=BELOW_ONE)
     grad_clip: float = option("largest global gradient norm; 0 does not clip", 1.0, bound=NOT_NEGATIVE)
+    router_aux_loss_coef: float | None = option("mixtures of experts: weight of the loss that keeps experts equally busy, row by row (default: 0.01, or what the base has)", None, bound=NOT_NEGATIVE, read_by=(PRETRAIN, MAY_HAVE_EXPERTS))
+    router_z_loss_coef: float = option("mixtures of experts: weight of the squared log-normaliser of the routers", 0.001, bound=NOT_NEGATIVE, read_by=(PRETRAIN, MAY_HAVE_EXPERTS))
     z_loss: float = option("weight of the squared log-normaliser (1e-5 is usual); kept out of the reported loss", 0.0, bound=NOT_NEGATIVE, read_by=TEXT)
 
 

@@ -15,7 +15,7 @@ import torch
 from adapters.lora import ALL_LINEAR, block_linears
 from adapters.token_rows import padded
 from errors import UserError
-from families.new_models import parts_of_new
+from families.new_models import MIXTURES, parts_of_new
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
 from model import ParameterCount, Transformer, count_parameters, flops_per_token
 from model_config import ModelConfig
@@ -82,10 +82,16 @@ def model_shape(
     parts = parts_of_new(config.model, config.num_layers, head_dim) if config.model else {}
     if config.next_sentence:
         parts |= {"pooler": True, "next_sentence": True}
+    mlp_size = config.mlp_size
+    if config.model in MIXTURES:
+        parts |= {"num_experts": config.num_experts, "experts_per_token": config.experts_per_token}
+        parts |= {"expert_size": config.width_of_experts}
+        given["router_aux_loss_coef"] = config.router_aux_loss_coef
+        mlp_size = config.width_of_experts if config.model == "mixtral" else mlp_size
     return ModelConfig(
         vocab_size=padded(vocab_size),
         hidden_size=config.hidden_size,
-        intermediate_size=config.mlp_size,
+        intermediate_size=mlp_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.kv_heads,

@@ -5,7 +5,7 @@ whatever happens, and the reward is the curve.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,7 +74,9 @@ PLAIN = StageFigures(
     (_RATE, _GRADIENT, _SPEED, Panel("validation, bits per byte", held_out=("val_bpb",), style="robust"), _MEMORY),
 )  # fmt: skip
 _BY_STAGE = {
-    "pretrain": PLAIN,
+    "pretrain": replace(
+        PLAIN, figures=(("balance", "balance"), ("experts/busiest", "busiest expert"), ("experts/idle", "idle experts")),
+    ),
     "mlm": StageFigures(
         "loss", "val_loss", "nats per masked token", False,
         (("masked_accuracy", "masked accuracy"), ("val_masked_accuracy", "held out"),
