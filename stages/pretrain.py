@@ -60,8 +60,8 @@ class Pretrain:
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """(summed loss in nats to differentiate, {metric: (sum, weight)} to report); `batch.weight` is its weight."""
-        use_row_keys(unwrap(model), batch)
         inner = unwrap(model)
+        use_row_keys(inner, batch)
         given = {"max_seqlen": batch.input_ids.shape[1], "with_routing": inner.config.num_experts is not None}
         hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, **given)
         hidden, routing = hidden if given["with_routing"] else (hidden, None)

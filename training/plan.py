@@ -78,14 +78,14 @@ def model_shape(
     given = {"tie_word_embeddings": tied, "rope_theta": theta, "qk_norm": config.qk_norm or None}
     head_dim = config.hidden_size // config.num_heads
     parts = parts_of_new(config.model, config.num_layers, head_dim) if config.model else {}
+    if config.next_sentence:
+        parts |= {"pooler": True, "next_sentence": True}
     mlp_size = config.mlp_size
     if config.model in MIXTURES:
         parts |= {"num_experts": config.num_experts, "experts_per_token": config.experts_per_token}
         parts |= {"expert_size": config.width_of_experts}
         given["router_aux_loss_coef"] = config.router_aux_loss_coef
         mlp_size = config.width_of_experts if config.model == "mixtral" else mlp_size
-    if config.next_sentence:
-        parts |= {"pooler": True, "next_sentence": True}
     return ModelConfig(
         vocab_size=padded(vocab_size),
         hidden_size=config.hidden_size,
