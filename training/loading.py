@@ -24,6 +24,7 @@ from checkpointing.load import load_model, load_optimizers, resolve_checkpoint
 from checkpointing.safetensors_writer import safetensors_chunks
 from checkpointing.save_folder import ADAPTER_CONFIG, list_checkpoints
 from errors import UserError
+from families.task_names import TASKS
 from kernels.choice import KernelChoice
 from model import Transformer, read_json
 from model_config import ModelConfig
@@ -78,10 +79,13 @@ def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
     """The shape of the model of --init_from. UserError where it has not the head that the stage learns with."""
     shape = read_shape(base)
     named = f"--init_from {config.init_from} is a {shape.family}"
+    if config.stage in TASKS:
+        return shape
     if config.stage != "mlm":
         if not shape.causal:
             raise UserError(
-                f"{named}, an encoder, which sees what comes after a token and writes no text: --stage mlm trains it on"
+                f"{named}, an encoder, which sees what comes after a token and writes no text: --stage mlm trains it on, and "
+                f"{', '.join(TASKS)} give it a task"
             )
         return shape
     if shape.causal:

@@ -9,32 +9,10 @@ from tokenizers import models, pre_tokenizers, processors
 
 from tests.family_models import transformers
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "</s>",
-    "good",
-    "bad",
-    "film",
-    "is",
-    "was",
-    "the",
-    "a",
-    "very",
-    "ann",
-    "bob",
-    "rome",
-    "oslo",
-    "lives",
-    "in",
-    "and",
-    "who",
-    "where",
-    "not",
-]
+_WORDS = """
+[PAD] [UNK] [CLS] [SEP] [MASK] </s> good bad film is was the a very ann bob rome oslo lives in and who where not
+"""
+WORDS = _WORDS.split()
 SIZES = {
     "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 66, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 5,
