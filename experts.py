@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.grouped_linear import grouped_linear
+from kernels.grouped_linear import grouped_implementation, grouped_linear, product_dtype
 from kernels.swiglu import swiglu
 
 
@@ -49,11 +49,14 @@ class Experts(nn.Module):
         counts = counts.index_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
         order = chosen.flatten().argsort(stable=True)  # the copies of tokens, by expert
         copies = x.reshape(-1, 1, hidden).expand(-1, self.experts_per_token, -1).reshape(-1, hidden)  # (B·T·k, H)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = product_dtype(x)
         grouped = Permuted.apply(copies.to(dtype), order)
         gate_up, down = self.weights(dtype)
-        packed = grouped_linear(grouped, gate_up, counts)  # (B·T·k, 2F)
-        out = grouped_linear(swiglu(packed, implementation=implementation), down, counts)
+        way = grouped_implementation(x.device, dtype, *gate_up.shape[1:], *down.shape[1:])
+        ends = counts.cumsum(0).to(torch.int32)
+        ends = ends.cpu() if way == "loop" else ends  # which asks for the numbers in each product
+        packed = grouped_linear(grouped, gate_up, ends, implementation=way)  # (B·T·k, 2F)
+        out = grouped_linear(swiglu(packed, implementation=implementation), down, ends, implementation=way)
         out = Permuted.apply(out, order.argsort()).view(-1, self.experts_per_token, hidden)
         return (out * shares[..., None].to(dtype)).sum(1).view(batch, length, hidden)
 

@@ -119,8 +119,8 @@ def test_flops_of_every_family_are_those_that_torch_counts(family):
 
     grouped = torch.ops.groundup
     mapping = {
-        grouped.grouped_linear: lambda x, weight, counts, **_: 2 * x[0] * weight[1] * weight[2],
-        grouped.grouped_linear_weight_gradient: lambda dy, x, counts, **_: 2 * dy[0] * dy[1] * x[1],
+        grouped.grouped_linear: lambda x, weight, *_, **__: 2 * x[0] * weight[1] * weight[2],
+        grouped.grouped_linear_weight_gradient: lambda dy, x, *_, **__: 2 * dy[0] * dy[1] * x[1],
     }
     config = TrainConfig(hidden_size=64, num_layers=2, num_heads=4, model=family)
     shape, length = model_shape(config, 300, 32, 0), 16
