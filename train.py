@@ -37,6 +37,7 @@ from kernels.choice import KernelChoice, choose_kernels, describe_kernels
 from model_config import ModelConfig
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
 from stages.build import Stage, StageData, build_stage, open_stage_data
+from stages.classify import Classify
 from stages.grpo import GRPO
 from stages.ppo import PPO
 from tools.run_plan import run_plan
@@ -152,7 +153,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     raw_model = build_model(
         config, shape, base, resumed_from, kernels=kernels, num_real_tokens=tokenizer.vocab_size,
         num_new_tokens=data.num_new_tokens, device=ranks.device, precision=precision,
-        rows=plan.micro_batch_size * data.max_length,
+        rows=plan.micro_batch_size * data.max_length, task=data.task.task if data.task else None,
     )  # fmt: skip
     optimizers = make_optimizers(config, raw_model, resumed_from, precision)
     scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
@@ -437,6 +438,11 @@ class Run:
         )  # here: it imports matplotlib for seconds, and a short run may draw nothing
 
         plot_runs([read_history(self.config.save_dir)], Path(self.config.save_dir) / "curves.png")
+        if last and isinstance(self.stage, Classify) and self.stage.confusion is not None:
+            from training.confusion_plot import plot_confusion
+
+            names = self.stage.labels.names
+            plot_confusion(self.stage.confusion, names, Path(self.config.save_dir) / "confusion.png", title="held out")
 
     def mark_if_best(self, step: int, loss: float) -> None:
         """Point `best` at this step's checkpoint if no evaluation of this run was lower. Every rank calls it."""

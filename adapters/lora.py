@@ -37,7 +37,7 @@ BLOCK_LINEARS = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
 )  # fmt: skip
 ALL_LINEAR = "all-linear"  # as in PEFT: the linear layers of the blocks, without the head
-SCORE = "score.weight"  # the head of a reward model, which learns beside its adapters
+SCORE = "score.weight"  # the head of a reward model
 QUANTISATIONS = (None, "nf4")
 _NF4_TENSORS = ("packed", "absmax", "code", "absmax2", "offset")
 # of a block: the part, the norm that it reads from, and those of its layers that read from there
@@ -118,6 +118,13 @@ def target_names(model: nn.Module) -> tuple[str, ...]:
     """The names by which adapters' targets are called: the last word of a path, or two where one says too little."""
     words = [path.split(".") for path in block_linears(model).values()]
     return tuple(dict.fromkeys(".".join(each[-2:] if each[-1] == "dense" else each[-1:]) for each in words))
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The heads that learn whole beside adapters, by the model's names: of models that give scores or a task's logits."""
+    inner = unwrap(model)
+    heads = tuple(f"{path}." for path in getattr(inner, "heads", ()))
+    return {name: parameter for name, parameter in inner.named_parameters() if name.startswith(heads)}
 
 
 def is_quantised(model: nn.Module) -> bool:
@@ -380,7 +387,7 @@ def place_adapters(
     seed: int = 0,
     rows: int | None = None,
 ) -> None:
-    """Freeze all of the model but its adapters and a reward model's head, and add the adapter `name` to what is active.
+    """Freeze all of the model but its adapters and heads that learn whole, and add the adapter `name` to what is active.
 
     A is uniform in ±1/√in (PEFT's default), drawn from (seed, layer's name); B is zero, so the model computes what it
     did. quantise: None, or "nf4" for the weights of all block linears, targeted or not. rows: tokens of a micro-batch,
@@ -391,8 +398,9 @@ def place_adapters(
         raise UserError(f"weights can be quantised to nf4, not {quantise}")
     if not name.isidentifier() or hasattr(nn.ParameterDict, name) or name in adapter_settings(model):
         raise ValueError(f"{name!r} cannot be the name of an adapter, or is that of another one")
+    heads = head_parameters(model)
     for parameter_name, parameter in model.named_parameters():
-        if ".lora_" not in parameter_name and parameter_name != SCORE:
+        if ".lora_" not in parameter_name and parameter_name not in heads:
             parameter.requires_grad_(False)
     if quantise:
         quantise_layers(model)

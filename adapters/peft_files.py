@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from adapters.lora import (
     LoraLinear,
     adapter_settings,
     block_linears,
+    head_parameters,
     is_quantised,
     place_adapters,
     plain_shapes,
@@ -58,6 +60,8 @@ _READ |= {"modules_to_save", "trainable_token_indices", "fan_in_fan_out"}
 _HARMLESS = {"layers_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping"}
 _HARMLESS |= {"peft_version", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
 _HARMLESS |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}  # of init_lora_weights
+_HEADS = {"score", "classifier", "qa_outputs", "pooler", "head"}  # PEFT names the first two for any classifier
+_TASK_TYPES = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS", "answer": "QUESTION_ANS"}
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights first
 
 # ----------------------------------------------------------------------------------------------------- an adapter's files
@@ -67,14 +71,13 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """One adapter's tensors, fp32, under PEFT's keys. They share memory with the model, which may be wrapped in DDP.
 
     base_model.model.PATH.lora_A.weight (rank, in), .lora_B.weight (out, rank) and for DoRA .lora_magnitude_vector (out,);
-    of a reward model its head as well, base_model.model.score.weight (1, H); with "default" the rows of tokens that learn,
-    base_model.model.PATH.token_adapter.trainable_tokens_delta (n, H), the rows themselves.
+    heads that learn whole as well, such as a reward model's base_model.model.score.weight (1, H); with "default" the rows of
+    tokens that learn, base_model.model.PATH.token_adapter.trainable_tokens_delta (n, H), the rows themselves.
     """
     _known_settings(model, name)
     rows = token_rows(model) if name == "default" else {}
     state = {_row_key(model, layer): adapter.trainable_tokens_delta.detach() for layer, adapter in rows.items()}
-    if (head := _score(model)) is not None:
-        state[_PREFIX + SCORE] = head.detach()
+    state |= _heads(model)
     for path, stored in block_linears(model).items():
         layer = unwrap(model).get_submodule(path)
         if isinstance(layer, LoraLinear) and name in layer.scales:
@@ -87,12 +90,12 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 def adapter_config(model: nn.Module, name: str, base_model: str | None) -> dict:
     """The contents of adapter_config.json. base_model: the folder or the name that the base was loaded from."""
-    settings, has_score = _known_settings(model, name), _score(model) is not None
+    settings, inner = _known_settings(model, name), unwrap(model)
+    heads = [stored_path(inner.config.family, path) for path in getattr(inner, "heads", ())]
     rows = {layer: adapter.ids.tolist() for layer, adapter in token_rows(model).items()}
     return {
         "peft_type": "LORA",
-        # PEFT has no word for masked language models, and takes an adapter without one for any class
-        "task_type": "SEQ_CLS" if has_score else "CAUSAL_LM" if unwrap(model).config.causal else None,
+        "task_type": _task_type(inner.config, bool(heads)),
         "base_model_name_or_path": base_model,
         "revision": None,
         "inference_mode": True,
@@ -108,12 +111,20 @@ def adapter_config(model: nn.Module, name: str, base_model: str | None) -> dict:
         # whether the base stores the weights of these layers as (in, out): GPT-2's Conv1D
         "fan_in_fan_out": bool(FAMILIES[unwrap(model).config.family].TRANSPOSED),
         "init_lora_weights": True,
-        "modules_to_save": ["score"] if has_score else None,
+        # PEFT's own names end in the pooler, not in its dense layer
+        "modules_to_save": [path.removesuffix(".dense").rpartition(".")[2] for path in heads] or None,
         # PEFT gives a tied head the embedding's by itself
         "trainable_token_indices": (rows if len(rows) > 1 else rows["embed_tokens"]) if rows else None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _task_type(config: Any, heads: bool) -> str | None:
+    """PEFT's word for what the adapter is for. It has none for masked language models, and takes None for any class."""
+    if heads:
+        return _TASK_TYPES[config.task.stage if hasattr(config, "task") else "classify"]
+    return "CAUSAL_LM" if config.causal else None
 
 
 def peft_files(model: nn.Module, name: str, base_model: str | None) -> dict[str, Iterable[bytes | memoryview]]:
@@ -139,9 +150,12 @@ def _known_settings(model: nn.Module, name: str) -> AdapterSettings:
     return settings[name]
 
 
-def _score(model: nn.Module) -> nn.Parameter | None:
-    """The head of a reward model."""
-    return dict(unwrap(model).named_parameters()).get(SCORE)
+def _heads(model: nn.Module) -> dict[str, Tensor]:
+    """The heads that learn whole, under PEFT's keys."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in head_parameters(model).items():
+        state |= stored_views(unwrap(model).config.family, name, parameter.detach())
+    return {f"{_PREFIX}{stored}": tensor for stored, tensor in state.items()}
 
 
 def _plain_number(value: float) -> float | int:
@@ -160,18 +174,18 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     Rows of tokens that it trained (PEFT's trainable_token_indices) go where they learn, or else into the weights, which grow
     if need be.
     UserError, with the model as it was, for a folder that is broken, does not fit the model or holds what is not computed
-    here: biases, whole trained layers other than that head, layers outside of the blocks, variants other than rsLoRA and
+    here: biases, whole trained layers other than the model's heads, layers outside of the blocks, variants other than rsLoRA and
     DoRA.
     """
     folder = Path(folder)
     config, state = read_adapter_config(folder), _read_tensors(folder)
-    head = state.pop(_PREFIX + SCORE, None) if _score(model) is None else None
+    heads = _heads(model)
+    head = None if heads else state.pop(_PREFIX + SCORE, None)
     trained_rows = _rows_from(config, state, model, name, folder)
     layers = _layers_by_stored_path(model)
     settings = _settings_from(config, folder, _paths(state, folder, model, layers))
     _check_targets(config["target_modules"], config, settings.targets, layers, folder, model)
-    score = _score(model)
-    wanted: dict[str, tuple[int, ...]] = {} if score is None else {_PREFIX + SCORE: tuple(score.shape)}
+    wanted: dict[str, tuple[int, ...]] = {key: tuple(tensor.shape) for key, tensor in heads.items()}
     learning = token_rows(model) if name == "default" else {}
     wanted |= {_row_key(model, layer): tuple(one.trainable_tokens_delta.shape) for layer, one in learning.items()}
     for path in settings.targets:
@@ -259,11 +273,8 @@ def read_adapter_config(folder: str | Path) -> dict:
         raise UserError(f'{path}: peft_type is "{config.get("peft_type")}"; only "LORA" can be loaded')
     if config.get("bias", "none") != "none":
         raise UserError(f'{path}: bias is "{config["bias"]}"; only adapters without biases ("none") can be loaded')
-    if other := set(config.get("modules_to_save") or ()) - {
-        "score",
-        "classifier",
-    }:  # PEFT names both for any classifier
-        raise UserError(f"{path}: modules_to_save has {min(other)}; only a reward model's score can be trained whole")
+    if other := set(config.get("modules_to_save") or ()) - _HEADS:
+        raise UserError(f"{path}: modules_to_save has {min(other)}; only the head of a class can be trained whole")
     for key in sorted(config.keys() - _READ - _HARMLESS):
         if config[key]:
             raise UserError(
@@ -299,9 +310,9 @@ def _paths(
 ) -> tuple[str, ...]:  # fmt: skip
     """The layers that have tensors in the file, in its order. UserError for one that takes no adapter here."""
     paths: dict[str, None] = {}  # a set that keeps its order
-    names = target_names(model)
+    names, heads = target_names(model), _heads(model)
     for key in state:
-        if key in (_PREFIX + SCORE, _row_key(model, "embed_tokens"), _row_key(model, "lm_head")):
+        if key in heads or key in (_row_key(model, "embed_tokens"), _row_key(model, "lm_head")):
             continue
         path, found, _ = key.removeprefix(_PREFIX).rpartition(".lora_A.")
         layer = key.removeprefix(_PREFIX).split(".lora_")[0]

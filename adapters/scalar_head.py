@@ -57,6 +57,7 @@ class RewardModel(Transformer):
     """A transformer whose forward gives scores. Parameters: `model.…` and `score.weight` (1, H), named as transformers'."""
 
     config: RewardConfig
+    heads = ("score",)  # what is trained whole beside adapters
 
     def __init__(self, config: ModelConfig, kernels: KernelChoice | None = None):
         super().__init__(RewardConfig.from_model(config), kernels or KernelChoice())
@@ -162,7 +163,11 @@ def padding_files(folder: str | Path) -> dict[str, bytes]:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     config.pop("quantization_config", None)
-    found = padding_token(folder, ModelConfig.from_hf(config))
+    return files_naming_pad(folder, padding_token(folder, ModelConfig.from_hf(config)))
+
+
+def files_naming_pad(folder: Path, found: tuple[int, str] | None) -> dict[str, bytes]:
+    """The tokenizer's files of a folder in which (id, text) is the pad token, or none is."""
     files = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name == "tokenizer_config.json" or (folder / name).exists():

@@ -112,8 +112,8 @@ def _micro_batch(rows: list[list[tuple[int, Sequence]]], width: int | None) -> M
                 column[index, start : end - 1] = sequence.token_columns[name][1:]
             start = end
         if start < width:
-            boundaries.append(index * width + start)  # the padding is a document of its own
-            positions[index, start:] = np.arange(width - start)
+            # the padding is a document of its own; its positions stay 0, as it may be longer than a model has positions for
+            boundaries.append(index * width + start)
     columns = {
         name: torch.tensor([sequences[number].columns[name] for number in range(len(sequences))], dtype=torch.float32)
         for name in sequences[0].columns

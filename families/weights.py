@@ -64,5 +64,7 @@ def _of_experts(family: str, module: str, leaf: str, stacked: Tensor) -> dict[st
     for expert, weight in enumerate(stacked):
         parts = {down: weight} if leaf == "down_proj" else dict(zip((gate, up), weight.chunk(2), strict=True))
         for pattern, part in parts.items():
-            views[pattern.replace(".N.", f".{layer.group()}.").replace(".E.", f".{expert}.")] = part
+            stored = pattern.replace(".N.", f".{layer.group()}.").replace(".E.", f".{expert}.")
+            # the body has another name in some classes (families/task_names.py)
+            views[f"{module.partition('.')[0]}.{stored.partition('.')[2]}"] = part
     return views

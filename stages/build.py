@@ -35,6 +35,7 @@ from dataprep.special_tokens import with_tokens
 from dataprep.token_bytes import TokenBytes
 from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
+from families.task_names import TASKS
 from finetune_data.chat_template import SHIPPED, ChatTemplate, load_chat_template
 from finetune_data.chat_tokens import describe_template, missing_tokens, stop_token_ids
 from finetune_data.encoding_examples import encode_example, say_by_answer, show_example, with_marked_sides
@@ -43,6 +44,8 @@ from finetune_data.examples import Example, ExampleSet, read_examples
 from generation.rollouts import Prompt, RolloutSchedule, Sampling
 from model import Transformer, read_json
 from ranks import Ranks, unwrap
+from stages.answer import Answer
+from stages.classify import Classify
 from stages.dpo import DPO, KTO, with_mismatches
 from stages.grpo import GRPO
 from stages.mlm import MLM
@@ -53,15 +56,17 @@ from stages.reference_cache import with_kept_reference
 from stages.reward import Reward as RewardStage
 from stages.rewards import Reward, load_reward, model_reward
 from stages.sft import SFT
+from stages.tag import Tag
 from training.config import TrainConfig
 from training.examples_data import ExampleData, ExampleFeed
 from training.loading import find_base, read_shape
 from training.plan import mask_probability
 from training.precision import Precision
 from training.standing import Pins
+from training.task_data import TaskData, open_task_data
 
 Groups = list | ExampleShards  # of examples, or of prompts
-Stage = Pretrain | MLM | SFT | RewardStage | DPO | KTO | GRPO | PPO
+Stage = Pretrain | MLM | SFT | RewardStage | DPO | KTO | GRPO | PPO | Classify | Tag | Answer
 
 DEFAULT_LENGTH = 2048  # of fine-tuning's rows, where the model allows more
 _KINDS = {  # what each stage can learn from
@@ -94,6 +99,7 @@ class StageData:
     files: dict[str, bytes] = field(default_factory=dict)  # further ones for every checkpoint: the chat template
     num_new_tokens: int = 0  # the tokenizer's last ids, which the model that is trained on does not have
     masking: Masking | None = None  # of masked language modelling
+    task: TaskData | None = None  # of stages that classify, tag or answer
 
 
 def open_stage_data(
@@ -109,6 +115,8 @@ def open_stage_data(
     if config.on_text:
         return _open_shards(config, base, context, sampler)
     assert base is not None and context is not None, "fine-tuning starts from a model"
+    if config.stage in TASKS:
+        return _of_task(config, open_task_data(config, base, context, sampler), base, sampler)
     return _open_examples(config, base, context, saved_order or {}, checkpoint, sampler)
 
 
@@ -142,6 +150,8 @@ def build_stage(
         data=data.train, validation=data.held_out, ranks=ranks, precision=precision, batch_size=config.batch_size,
         micro_batch_size=micro_batch_size, max_length=data.max_length, eval_tokens=config.eval_tokens,
     )  # fmt: skip
+    if data.task is not None:
+        return _task_stage(data.task, feed)
     if config.stage == "sft":
         return SFT(feed, neftune_alpha=config.neftune_alpha)
     if config.stage == "reward":
@@ -521,6 +531,22 @@ def _preference_stage(config: TrainConfig, feed: ExampleFeed, model: nn.Module, 
     return DPO(
         feed, config.dpo_loss, beta=config.dpo_beta, label_smoothing=config.label_smoothing, gamma=config.simpo_gamma
     )  # fmt: skip
+
+
+def _of_task(config: TrainConfig, task: TaskData, base: Path, sampler: int) -> StageData:
+    train, held_out = task.train.groups(), task.held_out.groups()
+    return StageData(
+        base, task.tokenizer, task.max_length, task.order, len(train), ExampleData(train, config.seed, sampler),
+        ExampleData(held_out, config.seed) if held_out else None, task.report, files=task.files, task=task,
+    )  # fmt: skip
+
+
+def _task_stage(data: TaskData, feed: ExampleFeed) -> Classify | Tag | Answer:
+    if data.task.stage == "classify":
+        return Classify(feed, data.labels, data.causal, data.class_weights)
+    if data.task.stage == "tag":
+        return Tag(feed, data.task.labels, data.held_out.read, data.held_out.kept, data.class_weights)
+    return Answer(feed, data.held_out.read, data.held_out.kept, data.may_be_none)
 
 
 def _named(config: TrainConfig) -> str:

@@ -27,6 +27,7 @@ from adapters.peft_files import (
     stored_dtype,
 )
 from adapters.scalar_head import RewardModel
+from adapters.task_heads import TASK_CONFIG, TaskModel, saved_task
 from arguments import ArgumentParser
 from checkpointing.safetensors_writer import file_crc32, write_file
 from checkpointing.save import write_weights
@@ -67,8 +68,12 @@ def main(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else stored
     into_nf4 = args.merge_into == "nf4" or (args.merge_into == "auto" and learned_over(adapter) == "nf4")
     model: Transformer
-    if "score" in (read_adapter_config(adapter).get("modules_to_save") or ()):
-        model = RewardModel.from_pretrained(base, seed=0, dtype=stored)
+    task = saved_task(adapter) if (adapter / TASK_CONFIG).exists() else None
+    if task or "score" in (read_adapter_config(adapter).get("modules_to_save") or ()):
+        if task:
+            model = TaskModel.from_pretrained(base, task, dtype=stored)
+        else:
+            model = RewardModel.from_pretrained(base, seed=0, dtype=stored)
         if into_nf4:
             quantise_layers(model)
     else:

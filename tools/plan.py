@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from arguments import ArgumentParser
+from batches.sampler import SAMPLER_VERSION
 from batches.sentence_pairs import open_sentence_pairs
 from batches.windows import Windows
 from dataprep.shards import load_metadata, open_split
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
+from families.task_names import TASKS
 from finetune_data.chat_template import load_chat_template
 from finetune_data.encoding_examples import encode_example
 from finetune_data.example_shards import FORMATS
@@ -34,6 +36,7 @@ from training.plan import GIB, RunPlan, example_sizes, format_plan, model_shape,
 from training.precision import Precision, choose_precision
 from training.run_files import duration
 from training.stage_plan import read_plan
+from training.task_data import open_task_data
 
 _VOCAB_SIZE, _MAX_LENGTH = 32_000, 2048  # data_prep_tool.py's defaults, for a plan without data
 _ASSUMED_MFU = 0.4  # of a GPU's data sheet; what well-tuned dense models of 0.1 to 10 B parameters reach
@@ -182,6 +185,13 @@ def _examples(config: TrainConfig, start: Start) -> Data:
     if missing or start.tokenizer is None:
         why = f"{missing[0]} is not there yet" if missing else "the model's tokenizer is not there yet"
         return Data(length, None, words=f"not known: {why}; rows of {length:,} tokens are assumed")
+    if config.stage in TASKS:
+        found = open_task_data(config, start.tokenizer, context, SAMPLER_VERSION)
+        train, held_out = found.train.groups(), found.held_out.groups()
+        sizes = example_sizes(config, train)
+        words = f"of {sizes['tokens_per_example']:,.0f} tokens on average"
+        words = f"{len(train):,} examples to learn from, {len(held_out):,} held out, {words}"
+        return Data(found.max_length, len(train), sizes, words)
     tokenizer, template = load_tokenizer(start.tokenizer), load_chat_template(start.tokenizer, config.chat_template)
     rename = dict(pair.split("=", 1) for pair in config.rename_columns)
     examples = read_examples(config.train_data, rename=rename).examples

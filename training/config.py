@@ -16,6 +16,7 @@ from typing import Any
 from arguments import ArgumentParser
 from errors import UserError
 from families.new_models import ENCODERS
+from families.task_names import TASKS
 from training.config_file import read_config_file
 from training.option import add_flags, check_bounds, specs_of
 from training.option_groups import (
@@ -34,6 +35,7 @@ from training.option_groups import (
     ReinforcementOptions,
     RunOptions,
     StageOptions,
+    TaskOptions,
 )
 
 _FINE_TUNING = {
@@ -45,7 +47,7 @@ _FINE_TUNING = {
     "eval_interval": 100,
     "log_interval": 10,
 }
-_LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "grpo": 1e-6, "ppo": 1e-6}
+_LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "grpo": 1e-6, "ppo": 1e-6, **dict.fromkeys(TASKS, 2e-5)}
 _NOT_RESUMED = ("checkpoint", "save_dir", "device")  # where a run goes on is said anew
 # what a first run is asked for: the flags that `--help` alone shows
 _FIRST_FLAGS = (
@@ -62,6 +64,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
     ModelOptions,
     ReinforcementOptions,
     PreferenceOptions,
+    TaskOptions,
     AdaptersOptions,
     ExamplesOptions,
     MaskingOptions,
@@ -80,9 +83,8 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_examples()
         self.check_adapters()
         self.check_model()
-        if self.stage in ("reward", "mlm") and self.sample_prompt:
-            gives = "gives scores, not text" if self.stage == "reward" else "tells hidden tokens, and does not write"
-            raise UserError(f"--sample_prompt cannot be used with --stage {self.stage}: the model {gives}")
+        if self.stage in ("reward", "mlm", *TASKS) and self.sample_prompt:
+            raise UserError(f"--sample_prompt cannot be used with --stage {self.stage}: the model writes no text")
         if self.lora and self.init_from is None:
             raise UserError("--lora needs a model to adapt: name it with --init_from")
 
@@ -107,7 +109,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             raise UserError(
                 "--add_chat_tokens needs --train_data: the examples of --data_dir were encoded before there were such tokens"
             )
-        if self.data_dir and self.stage in ("grpo", "ppo"):
+        if self.data_dir and self.stage in ("grpo", "ppo", *TASKS):
             raise UserError(f"--data_dir is not for --stage {self.stage}, which reads --train_data")
         if self.data_dir and self.train_data:
             raise UserError("--data_dir and --train_data both give examples: leave one of them out")
@@ -136,7 +138,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
 
     def steps_of_epochs(self, num_samples: int) -> int:
         """Optimizer steps of --num_epochs passes over so many examples, whole rounds of rollouts."""
-        epochs = self.num_epochs or (3.0 if self.stage == "sft" else 1.0)
+        epochs = self.num_epochs or (3.0 if self.stage in ("sft", *TASKS) else 1.0)
         rounds = math.ceil(epochs * num_samples / (self.batch_size * self.num_minibatches))
         return rounds * self.steps_per_phase
 

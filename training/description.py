@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from families.task_names import TASKS
 from kernels.choice import KernelChoice
 from ranks import Ranks
 from training.config import TrainConfig
@@ -93,6 +94,8 @@ def next_command(config: TrainConfig, finished: bool, in_plan: bool) -> str:
             return f"go on from it with --init_from {config.save_dir}, or open it as an AutoModelForMaskedLM"
         if config.stage == "reward":
             return f"give it to --stage ppo or grpo as --reward_model {config.save_dir}"
+        if config.stage in TASKS:
+            return f"its checkpoints open with transformers' AutoModelFor{TASKS[config.stage]}"
         return f"try: python utils.py chat --checkpoint {config.save_dir}"
     if in_plan:
         return "go on with the same command and --checkpoint latest"

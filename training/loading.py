@@ -18,6 +18,7 @@ from adapters.lora import (
 )
 from adapters.peft_files import adapter_state, learned_over, load_adapter, load_base, peft_files, read_adapter_config
 from adapters.scalar_head import RewardModel
+from adapters.task_heads import Task, TaskModel
 from adapters.token_rows import grow_vocabulary, learn_rows, start_rows
 from checkpointing.load import load_model, load_optimizers, resolve_checkpoint
 from checkpointing.safetensors_writer import safetensors_chunks
@@ -98,18 +99,23 @@ def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
 def build_model(
     config: TrainConfig, shape: ModelConfig, base: Path | None, checkpoint: Path | None, *,
     kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision, rows: int, num_new_tokens: int = 0,
+    task: Task | None = None,
 ) -> Transformer | ActorCritic:  # fmt: skip
     """The model of a run at its start, or as `checkpoint` holds it. base: the folder of --init_from, or None.
 
     num_real_tokens: ids of the tokenizer; the last num_new_tokens of them the base did not have, and their rows learn.
     rows: tokens of a micro-batch. Weights that learn are fp32; frozen ones are in the dtype that the run computes in, or
     NF4 with --load_in_4bit. A --reward_model that is an adapter over the same base becomes one more adapter, "reward".
+    task: what the head of a model is for that classifies, tags or answers.
     """
     plain: Transformer
-    if config.stage == "reward":
+    if config.stage == "reward" or task is not None:
         assert base is not None
         dtype = precision.dtype if config.lora else torch.float32
-        plain = RewardModel.from_pretrained(base, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
+        if task is not None:
+            plain = TaskModel.from_pretrained(base, task, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
+        else:
+            plain = RewardModel.from_pretrained(base, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
         if config.load_in_4bit:
             quantise_layers(plain)
     elif base is not None:

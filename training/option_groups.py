@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from errors import UserError
 from families.new_models import ENCODERS, MIXTURES, NEW_MODELS
+from families.task_names import TASKS
 from kernels.attention_backends import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
 from training.optimizers import OPTIMIZERS
@@ -27,7 +28,7 @@ from training.option import (
 )
 from training.schedule import SCHEDULES
 
-STAGES = ("pretrain", "mlm", "sft", "reward", "dpo", "grpo", "ppo")
+STAGES = ("pretrain", "mlm", "sft", "reward", "dpo", "grpo", "ppo", *TASKS)
 PRECISIONS = ("auto", "bf16", "fp16", "none")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8},
@@ -38,7 +39,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 _PRESET_SIZES = ", ".join(f"{name} {size['hidden_size']}x{size['num_layers']}" for name, size in PRESETS.items())
 
-PRETRAIN, MLM, SFT, REWARD, DPO, GRPO, PPO = (runs_of(stage) for stage in STAGES)
+PRETRAIN, MLM, SFT, REWARD, DPO, GRPO, PPO, CLASSIFY, TAG, ANSWER = (runs_of(stage) for stage in STAGES)
 TEXT_STAGES = ("pretrain", "mlm")
 TEXT = runs_of(*TEXT_STAGES)
 WINDOWS = (
@@ -47,6 +48,7 @@ WINDOWS = (
 )
 ROLLOUTS = runs_of("grpo", "ppo")
 FINE_TUNING = Runs("fine-tuning", lambda c: c.stage not in TEXT_STAGES)
+CHATS = Runs("stages that learn from chats", lambda c: c.stage not in (*TEXT_STAGES, *TASKS))
 ADAPTERS = Runs("--lora", lambda c: c.lora)
 NEW = Runs("models trained from nothing (--init_from has a shape of its own)", lambda c: c.init_from is None)
 
@@ -75,7 +77,7 @@ class StageOptions:
     python train.py --stage sft --init_from checkpoints/mine --train_data answers.jsonl
     """
 
-    stage: str = option("what is learned: pretrain (the next token of text), mlm (hidden tokens of text, by an encoder), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers)", "pretrain", choices=STAGES)
+    stage: str = option("what is learned: pretrain (the next token of text), mlm (hidden tokens of text, by an encoder), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers), classify (labels of texts), tag (a tag for each word), answer (where in a text the answer to a question is)", "pretrain", choices=STAGES)
     init_from: str | None = option("model to start from: a Hugging Face folder, or a run or checkpoint of groundup; its tokenizer and shape are taken", None)
 
 
@@ -120,12 +122,12 @@ class ExamplesOptions:
     python train.py --stage sft --init_from checkpoints/mine --train_data answers.csv --rename_columns question=prompt answer=completion
     """
 
-    train_data: list[str] = option("files of examples for fine-tuning: .json, .jsonl, .csv, .tsv, .parquet, also .gz; what their columns mean is detected and printed", [])
+    train_data: list[str] = option("files of examples for fine-tuning: .json, .jsonl, .csv, .tsv, .parquet, also .gz, and CoNLL files for tag; what their columns mean is detected and printed", [])
     eval_data: list[str] = option("files of held-out examples (default: --eval_fraction of --train_data)", [], read_by=FINE_TUNING)
     eval_fraction: float = option("share of --train_data held out where there is no --eval_data; 0 holds none out", 0.02, bound=BELOW_ONE, read_by=(FINE_TUNING, Runs("runs without --eval_data", lambda c: not c.eval_data)))
     rename_columns: list[str] = option("column=meaning, for columns of other names: question=prompt answer=completion", [], read_by=FINE_TUNING)
     train_on: str = option("tokens that are learned in sft: assistant (every answer), last (the last answer) or all", "assistant", choices=("assistant", "last", "all"), read_by=SFT)
-    chat_template: str | None = option("chatml, llama3 or a Jinja file (default: the model's own, else chatml)", None, read_by=FINE_TUNING)
+    chat_template: str | None = option("chatml, llama3 or a Jinja file (default: the model's own, else chatml)", None, read_by=CHATS)
     add_chat_tokens: bool = option("sft: give the tokenizer the special tokens that the chat template writes and it lacks, and the model rows for them, which learn, with --lora too", False, read_by=SFT)
     neftune_alpha: float = option("sft: noise on the embeddings of alpha / sqrt(length * width); 5 is usual, 0 is none", 0.0, bound=NOT_NEGATIVE, read_by=SFT)
 
@@ -156,6 +158,18 @@ class AdaptersOptions:
         """UserError for a way of training adapters without adapters."""
         if (self.load_in_4bit or self.dora or self.rslora) and not self.lora:
             raise UserError("--load_in_4bit, --dora and --rslora are ways of training adapters: add --lora")
+
+
+@dataclass
+class TaskOptions:
+    """Labels of texts, tags of words, answers in texts: --stage classify, tag and answer.
+
+    python train.py --stage classify --init_from bert --train_data reviews.csv --class_weights balanced
+    """
+
+    label_kind: str = option("classify: single (one of several labels), multi (any of them), regression (figures), or auto, which looks at the labels", "auto", choices=("auto", "single", "multi", "regression"), read_by=CLASSIFY)
+    class_weights: str = option("classify with single labels, and tag: none, or balanced, which weighs a label by how rare it is; the mean weight over the training data is 1", "none", choices=("none", "balanced"), read_by=runs_of("classify", "tag"))
+    doc_stride: int = option("answer: tokens that neighbouring windows of a long text share", 128, bound=NOT_NEGATIVE, read_by=ANSWER)
 
 
 @dataclass
@@ -288,8 +302,8 @@ class OptimizationOptions:
     batch_size: int = option("sequences a step, over all ranks and micro-batches", 32, bound=POSITIVE)
     micro_batch_size: int | None = option("sequences a forward pass on one rank; the rest is accumulated (default: a rank's whole share of the batch)", None, bound=POSITIVE)
     max_steps: int = option("optimizer steps of the run (fine-tuning: from --num_epochs where it is not given)", 100_000, bound=POSITIVE)
-    num_epochs: float | None = option("fine-tuning: passes over --train_data (default: 3 for sft, 1 otherwise)", None, bound=POSITIVE, read_by=FINE_TUNING)
-    learning_rate: float = option("peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4, bound=POSITIVE)
+    num_epochs: float | None = option("fine-tuning: passes over --train_data (default: 3 for sft, classify, tag and answer, 1 otherwise)", None, bound=POSITIVE, read_by=FINE_TUNING)
+    learning_rate: float = option("peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft, classify, tag, answer), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4, bound=POSITIVE)
     warmup_steps: float | None = option("steps of linear warm-up, or below 1 a share of --max_steps (default: 2000, or a tenth of --max_steps where that is less)", None, bound=NOT_NEGATIVE)
     schedule: str = option("after the warm-up: cosine, linear, or wsd (constant, then linear over the last --decay_fraction)", "wsd", choices=SCHEDULES)
     decay_fraction: float = option("share of the run over which wsd decays", 0.5, bound=A_SHARE, read_by=Runs("--schedule wsd", lambda c: c.schedule == "wsd"))
@@ -333,7 +347,7 @@ class RunOptions:
     keep_checkpoints: int = option("newest checkpoints to keep (the best one is kept too); 0 keeps all", 3, bound=NOT_NEGATIVE)
     log_interval: int = option("steps between log lines", 100, bound=POSITIVE)
     eval_interval: int = option("steps between evaluations on the validation split; 0 evaluates at the end only", 500, bound=NOT_NEGATIVE)
-    eval_tokens: int = option("validation tokens read at each evaluation; 0 reads all. The last evaluation always reads all", 1_000_000, bound=NOT_NEGATIVE, read_by=Runs("stages that evaluate on given text, and not on answers of their own (--eval_samples)", lambda c: c.stage not in ("grpo", "ppo")))
+    eval_tokens: int = option("validation tokens read at each evaluation; 0 reads all. The last evaluation always reads all", 1_000_000, bound=NOT_NEGATIVE, read_by=Runs("stages that evaluate on given text, and neither on answers of their own (--eval_samples) nor on all that is held out", lambda c: c.stage not in ("grpo", "ppo", *TASKS)))
     sample_prompt: str = option("text to continue at each evaluation; an empty text draws no sample", "The ")
     sample_tokens: int = option("tokens of that sample", 100, bound=NOT_NEGATIVE, read_by=Runs("runs with a --sample_prompt", lambda c: bool(c.sample_prompt)))
     seed: int = option("of the initial weights and of the data order", 0)
@@ -346,6 +360,7 @@ GROUPS: dict[str, type] = {
     "masking": MaskingOptions,
     "examples": ExamplesOptions,
     "adapters": AdaptersOptions,
+    "tasks": TaskOptions,
     "preference": PreferenceOptions,
     "reinforcement": ReinforcementOptions,
     "model": ModelOptions,

@@ -16,6 +16,7 @@ from adapters.lora import ALL_LINEAR, block_linears
 from adapters.token_rows import padded
 from errors import UserError
 from families.new_models import MIXTURES, parts_of_new
+from families.task_names import TASKS
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
 from model import ParameterCount, Transformer, count_parameters, flops_per_token
 from model_config import ModelConfig
@@ -31,13 +32,10 @@ _DRAWING = "drawing answers (keys, values, logits)"
 _LASTING = ("weights", "adapters", "optimizer", "reference", "reward model")  # how what is always there begins
 _MEASURED_EXAMPLES = 2000
 _NOUNS = {
-    "pretrain": "sequences",
-    "mlm": "sequences",
-    "sft": "examples",
-    "reward": "pairs",
-    "dpo": "pairs",
-    "ppo": "prompts",
-}
+    "pretrain": "sequences", "mlm": "sequences", "sft": "examples", "reward": "pairs", "dpo": "pairs", "ppo": "prompts",
+    "classify": "texts", "tag": "sentences", "answer": "windows",
+}  # fmt: skip
+_SCORERS = ("reward", *TASKS)  # a few rows in place of the head, counted as one
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ def learning_flops(config: TrainConfig, model: ModelConfig, length: float) -> fl
         return 6.0 * matrices + attention
 
     layers = flops_per_token(model, 0) / 6.0 - head
-    if config.stage == "reward":
+    if config.stage in _SCORERS:
         return of_model(layers)
     if config.stage == "mlm":
         return of_model(layers + mask_probability(config, model.family) * head)
@@ -245,7 +243,7 @@ def _memory(
     """
     width = 2 if half else 4
     whole, scorer = count_parameters(model).total, _scorer_parameters(model)
-    learning = scorer if config.stage == "reward" else whole
+    learning = scorer if config.stage in _SCORERS else whole
     models = 2 if config.stage == "ppo" else 1  # policy and critic, whose forward passes both precede the backward pass
     if config.lora:
         adapters = models * count_adapter_parameters(config, model)
@@ -261,7 +259,7 @@ def _memory(
             "optimizer state (fp32)": float(_state_bytes(config, model, learning, models)),
         }
     memory["activations"] = float(models * tokens * model.num_hidden_layers * _kept_per_token(model) * width)
-    if config.stage != "reward":
+    if config.stage not in _SCORERS:
         chunk = max(CUDA_CHUNK_BYTES if half else CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * 4 * model.vocab_size)
         head_gradient = 0.0 if config.lora else 4.0 * model.vocab_size * model.hidden_size
         told = tokens * (mask_probability(config, model.family) if config.stage == "mlm" else 1.0)
@@ -310,7 +308,7 @@ def _frozen_bytes(config: TrainConfig, model: ModelConfig, weights: int, width: 
     if not config.load_in_4bit:
         return float(width * weights)
     outside = count_parameters(model).embedding
-    if not (model.tie_word_embeddings or config.stage == "reward"):
+    if not (model.tie_word_embeddings or config.stage in _SCORERS):
         outside += _head_parameters(model)
     return outside * float(width) + (weights - outside) * _NF4_BYTES
 

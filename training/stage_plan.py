@@ -29,6 +29,7 @@ from typing import Any
 from arguments import did_you_mean
 from checkpointing.load import load_state, resolve_checkpoint
 from errors import UserError
+from families.task_names import TASKS
 from training.config import is_read, refuse_unread, resolve_config
 from training.config_file import read_config_content, translated
 from training.foreign_config import NAMES, is_foreign, translate_plan
@@ -59,7 +60,7 @@ class PlannedStage:
 
     @property
     def gives_language_model(self) -> bool:
-        return self.options.get("stage") != "reward"
+        return self.options.get("stage") not in ("reward", *TASKS)
 
     def given(self, flags: dict[str, Any]) -> dict[str, Any]:
         """All that this stage is given, as resolve_config takes it: the file's options and, over them, the flags."""

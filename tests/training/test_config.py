@@ -155,7 +155,7 @@ DPO, REWARD, PPO, GRPO = (
         (SFT, "decay_fraction 0.1", "--schedule wsd"),
         (SFT, "sample_tokens 10", "--sample_prompt"),
         ("--data_dir data", "num_epochs 3", "fine-tuning"),
-        ("--data_dir data", "chat_template chatml", "fine-tuning"),
+        ("--data_dir data", "chat_template chatml", "stages that learn from chats"),
         ("--data_dir data", "lora_alpha 8", "--lora"),
     ],
 )
@@ -338,7 +338,7 @@ def test_mixed_precision_alone_means_auto(words, precision):
         ("--stage ppo --init_from base --data_dir data", "--data_dir is not for --stage ppo"),
         ("--stage grpo --init_from base --train_data a.jsonl", "--reward_function or --reward_model"),
         (PPO + " --reward_weights 1 2", "--reward_weights has 2 values for 1 rewards"),
-        (REWARD + " --sample_prompt Hello", "the model gives scores, not text"),
+        (REWARD + " --sample_prompt Hello", "the model writes no text"),
         ("--data_dir data --lora", "--lora needs a model to adapt"),
         (SFT + " --dora", "add --lora"),
         (SFT + " --rename_columns question", "write column=meaning"),
