@@ -144,9 +144,11 @@ def test_flops_are_those_that_torch_counts(stage, lora):
     assert counter.get_total_flops() == length * learning_flops(config, shape, length) - unneeded
 
 
-@pytest.mark.parametrize("model,probability,share", [("bert", None, 0.15), ("modernbert", None, 0.3), ("bert", 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "model,probability,share", [("bert", None, 0.15), ("modernbert", None, 0.3), ("bert", 0.5, 0.5)]
+)
 def test_flops_of_a_masked_language_models_head_are_those_of_what_is_masked(model, probability, share):
-    """As torch counts them, with explicit attention, where the head works on that share of the tokens, rounded up to whole ones."""
+    """As torch counts them, with explicit attention, where the head works on that share of the tokens, in whole ones."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
