@@ -280,8 +280,14 @@ def _kept_per_token(model: ModelConfig) -> int:
     """Values a token that autograd keeps for a block's backward pass, counted tensor by tensor."""
     query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     # norm inputs and outputs (2 + 2 widths), attention's output and residual, rotated and plain q and k, v; gate, up,
-    # silu(gate), their product
-    return 5 * model.hidden_size + 3 * query + 3 * key_value + 4 * model.intermediate_size
+    # silu(gate), their product, or up and its activation; of experts, those that work on a token, and its copies for them
+    kept = 5 * model.hidden_size + 3 * query + 3 * key_value
+    if model.norm_position == "both":
+        kept += 2 * model.hidden_size
+    if model.num_experts is None:
+        return kept + (4 if model.gated_mlp else 2) * model.intermediate_size
+    assert model.experts_per_token is not None and model.expert_size is not None
+    return kept + model.experts_per_token * (4 * model.expert_size + 3 * model.hidden_size)
 
 
 def _head_parameters(model: ModelConfig) -> int:

@@ -10,6 +10,7 @@ from adapters.actor_critic import ActorCritic, new_critic
 from adapters.lora import add_adapters
 from adapters.scalar_head import RewardModel
 from batches.packing import Sequence
+from families.new_models import ENCODERS, NEW_MODELS
 from model import Transformer
 from training.config import TrainConfig
 from training.plan import example_sizes, format_plan, learning_flops, model_shape, plan_run
@@ -98,14 +99,36 @@ def test_state_memory_is_what_the_optimizers_hold():
         assert plan.memory["weights (fp32)"] == 4 * plan.parameters.total == plan.memory["gradients (fp32)"]
 
 
-def test_activation_memory_is_near_what_autograd_saves():
+@pytest.mark.parametrize("family", [None, *NEW_MODELS])
+def test_activation_memory_is_near_what_autograd_saves(family):
     """Within 35 % of the bytes that autograd really keeps for the blocks: it is an estimate, and says so."""
-    config, shape, plan = a_plan(batch_size=64)
+    stage = "mlm" if family in ENCODERS else "pretrain"
+    config, shape, plan = a_plan(batch_size=64, model=family, stage=stage, sample_prompt="")
     model = Transformer(shape)
     model.init_weights(0, zero_residual=False)
     kept = kept_bytes(lambda: model(torch.zeros(64, 32, dtype=torch.int64)))
     assert math.isclose(plan.memory["activations"], kept, rel_tol=0.35)
     assert "activations" in format_plan(plan, config, shape, {})
+
+
+@pytest.mark.parametrize("family", [model for model in NEW_MODELS if model not in ENCODERS])
+def test_flops_of_every_family_are_those_that_torch_counts(family):
+    """Exactly, of experts those that work on a token."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    grouped = torch.ops.groundup
+    mapping = {
+        grouped.grouped_linear: lambda x, weight, counts, **_: 2 * x[0] * weight[1] * weight[2],
+        grouped.grouped_linear_weight_gradient: lambda dy, x, counts, **_: 2 * dy[0] * dy[1] * x[1],
+    }
+    config = TrainConfig(hidden_size=64, num_layers=2, num_heads=4, model=family)
+    shape, length = model_shape(config, 300, 32, 0), 16
+    model = Transformer(shape)
+    model.init_weights(0, zero_residual=False)
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.logits(model(torch.arange(length)[None])).sum().backward()
+    assert counter.get_total_flops() == length * learning_flops(config, shape, length)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
