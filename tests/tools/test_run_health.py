@@ -17,6 +17,8 @@ ROWS = 80
 LN2 = math.log(2)
 PROGRESS = np.arange(1, ROWS + 1) / ROWS
 COLUMNS = {  # of a sound run
+    "mlm": {"loss": 2 - 0.5 * PROGRESS, "masked_accuracy": 0.5 * PROGRESS, "next_sentence_accuracy": 0.5 + 0.4 * PROGRESS,
+            "next_sentence_loss": LN2 - 0.5 * PROGRESS},
     "sft": {"loss": 2 - 0.5 * PROGRESS},
     "reward": {"loss": LN2 - 0.3 * PROGRESS, "accuracy": 0.5 + 0.3 * PROGRESS, "margin": PROGRESS,
                "score/chosen": PROGRESS / 2, "score/rejected": -PROGRESS / 2},
@@ -30,7 +32,14 @@ COLUMNS = {  # of a sound run
             "entropy": 2 - PROGRESS, "clip_fraction": 0.1 + 0 * PROGRESS, "completion_length": 90 + 20 * PROGRESS,
             "finished": 0.9 + 0 * PROGRESS, "approx_kl": 0.01 + 0 * PROGRESS, "value_loss": 0.5 - 0.3 * PROGRESS},
 }  # fmt: skip
-HELD_OUT = {"sft": "val_loss", "reward": "val_loss", "dpo": "val_loss", "grpo": "val_reward", "ppo": "val_reward"}
+HELD_OUT = {
+    "mlm": "val_loss",
+    "sft": "val_loss",
+    "reward": "val_loss",
+    "dpo": "val_loss",
+    "grpo": "val_reward",
+    "ppo": "val_reward",
+}
 
 
 def a_run(folder: Path, stage: str, noise: float = 0.02, held_out=None, config=(), **spoilt) -> RunHistory:
@@ -89,6 +98,7 @@ def test_the_loss_of_reinforcement_learning_is_not_judged(tmp_path):
 @pytest.mark.parametrize(
     "stage,spoilt,words",
     [
+        ("mlm", {"loss": 5.0, "config": {"init_from": None, "vocab_size": 100}}, ["5.000", "4.605 of a blind guess"]),
         ("dpo", {"loss": LN2 + 0.1}, ["0.793", "0.693 of a guess between chosen and rejected"]),
         ("dpo", {"loss": 26.0, "config": {"dpo_loss": "ipo"}}, ["25.000"]),
         ("dpo", {"loss": 1.2, "config": {"dpo_loss": "hinge"}}, ["1.000"]),

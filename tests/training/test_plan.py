@@ -167,6 +167,36 @@ def test_flops_are_those_that_torch_counts(stage, lora):
     assert counter.get_total_flops() == length * learning_flops(config, shape, length) - unneeded
 
 
+@pytest.mark.parametrize(
+    "model,probability,share", [("bert", None, 0.15), ("modernbert", None, 0.3), ("bert", 0.5, 0.5)]
+)
+def test_flops_of_a_masked_language_models_head_are_those_of_what_is_masked(model, probability, share):
+    """As torch counts them, with explicit attention, where the head works on that share of the tokens, in whole ones."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    options = {"stage": "mlm", "model": model, "mask_probability": probability, "sample_prompt": "", "num_layers": 1}
+    config, shape, plan = a_plan(**options, num_heads=4)
+    assert shape.head == "mlm" and plan.tokens_per_step == 12 * 32 and plan.tokens_are == ""
+    encoder, length = Transformer(shape), 20
+    encoder.init_weights(0, zero_residual=False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        hidden = encoder(torch.arange(length)[None])
+        encoder.logits(hidden[0, : round(share * length)]).sum().backward()
+    counted = counter.get_total_flops()
+    # the bias of the logits is counted as eight more columns of the product
+    beside = 6 * round(share * length) * 8 * shape.vocab_size
+    assert counted - beside == pytest.approx(length * learning_flops(config, shape, length))
+    assert f"(the head's for the {share:.0%} that are masked)" in format_plan(plan, config, shape, {})
+
+
+def test_pairs_are_rows_of_at_most_max_length():
+    paired = {"stage": "mlm", "model": "bert", "next_sentence": True, "sample_prompt": ""}
+    config, shape, plan = a_plan(**paired)
+    assert shape.next_sentence and shape.pooler and shape.to_hf()["architectures"] == ["BertForPreTraining"]
+    assert plan.tokens_per_step == 12 * 32 and "12 pairs = at most 384 tokens" in format_plan(plan, config, shape, {})
+
+
 def test_memory_of_weights_is_that_of_each_stages_models():
     """Weights exactly as parameters of the real models, whose count the optimizer's state follows."""
     _, shape, sft = a_plan(**EXAMPLES, stage="sft")
