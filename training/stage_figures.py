@@ -74,7 +74,7 @@ PLAIN = StageFigures(
     (_RATE, _GRADIENT, _SPEED, Panel("validation, bits per byte", held_out=("val_bpb",), style="robust"), _MEMORY),
 )  # fmt: skip
 _HELD_OUT = Panel("held-out loss", held_out=("val_loss",), style="robust")
-_LABELS = ("val_accuracy", "val_f1", "val_matthews", "val_micro_f1", "val_exact_match", "val_pearson", "val_spearman")
+_LABELS = ("val_accuracy", "val_micro_f1", "val_pearson")  # one by kind of labels
 _BY_STAGE = {
     "pretrain": replace(
         PLAIN, figures=(("balance", "balance"), ("experts/busiest", "busiest expert"), ("experts/idle", "idle experts")),
@@ -110,20 +110,21 @@ _BY_STAGE = {
         (("accuracy", "accuracy"), ("val_accuracy", "held out"), ("val_f1", "F1"), ("val_matthews", "Matthews"),
          ("val_micro_f1", "micro F1"), ("val_exact_match", "all right"), ("val_pearson", "Pearson"),
          ("val_spearman", "Spearman")),
-        (_RATE, _GRADIENT, _SPEED, Panel("how good (1 is all right)", ("accuracy",), _LABELS), _HELD_OUT),
+        (_RATE, _GRADIENT, _SPEED,
+         Panel("accuracy; of several labels micro F1, of figures Pearson", ("accuracy",), _LABELS), _HELD_OUT),
     ),
     "tag": StageFigures(
         "loss", "val_loss", "nats per word", False,
         (("accuracy", "accuracy"), ("val_accuracy", "held out"), ("val_f1", "F1"), ("val_precision", "precision"),
          ("val_recall", "recall")),
         (_RATE, _GRADIENT, _SPEED,
-         Panel("how good (1 is all right)", ("accuracy",), ("val_accuracy", "val_f1", "val_precision", "val_recall")), _HELD_OUT),
+         Panel("accuracy of words, held out F1", ("accuracy",), ("val_f1",)), _HELD_OUT),
     ),
     "answer": StageFigures(
         "loss", "val_loss", "nats per place", False,
         (("accuracy", "accuracy"), ("val_exact_match", "exact"), ("val_f1", "F1"),
          ("val_f1/has_answer", "F1 with an answer"), ("val_f1/no_answer", "without")),
-        (_RATE, _GRADIENT, _SPEED, Panel("how good (1 is all right)", ("accuracy",), ("val_exact_match", "val_f1")), _HELD_OUT),
+        (_RATE, _GRADIENT, _SPEED, Panel("accuracy of windows, held out F1", ("accuracy",), ("val_f1",)), _HELD_OUT),
     ),
     "grpo": StageFigures("reward", "val_reward", "an answer", True, _DRAWN, _DRAWN_PANELS),
     "ppo": StageFigures("reward", "val_reward", "an answer", True, _DRAWN, _DRAWN_PANELS),
