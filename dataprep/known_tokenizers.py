@@ -29,31 +29,33 @@ def find_tokenizer(wanted: str) -> Path | None:
         what = "has no tokenizer.json" if Path(wanted).is_dir() else "is no folder"
         raise UserError(f"--tokenizer {wanted} {what}, and none of {', '.join(KNOWN)}{did_you_mean(wanted, KNOWN)}")
     for repository in KNOWN[wanted]:
-        if folder := _from_hub(repository, local_files_only=True):
+        if folder := _in_cache(repository):
             return folder
     return None if wanted == "gpt2" else _downloaded(wanted, KNOWN[wanted][0])
 
 
-def _from_hub(repository: str, local_files_only: bool) -> Path | None:
-    """The repository's folder in the Hub's cache, filled where that is allowed; None where it has no tokenizer.json."""
+def _in_cache(repository: str) -> Path | None:
+    """The repository's folder in the Hub's cache; None where it is not, or has no tokenizer.json."""
     from huggingface_hub import snapshot_download  # comes with `tokenizers`; here: it takes long to import
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        files = list(TOKENIZER_FILES)
-        folder = Path(snapshot_download(repository, allow_patterns=files, local_files_only=local_files_only))
+        folder = Path(snapshot_download(repository, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def _downloaded(wanted: str, repository: str) -> Path:
-    reason = "it is not there"
+    from huggingface_hub import snapshot_download
+
     try:
-        if folder := _from_hub(repository, local_files_only=False):
+        folder = Path(snapshot_download(repository, allow_patterns=list(TOKENIZER_FILES)))
+        if (folder / "tokenizer.json").is_file():
             return folder
+        reason = "it has no tokenizer.json"
     except Exception as error:  # whatever the network, the disk or a licence that was not accepted raises
-        reason = type(error).__name__
+        reason = type(error.__cause__ or error).__name__
     licence = ", once its licence is accepted there," if wanted == "llama" else ""
     raise UserError(
         f"--tokenizer {wanted}: {repository} is not in the Hugging Face cache and could not be downloaded ({reason}); get it "
