@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapters.actor_critic import POLICY_ADAPTER, REWARD_ADAPTER, REWARD_HEAD, VALUE_ADAPTER, ActorCritic, new_critic
+from adapters.base_models import load_base
 from adapters.lora import (
     LoraLinear,
     add_adapters,
@@ -16,7 +17,7 @@ from adapters.lora import (
     store_after_steps,
     store_learned,
 )
-from adapters.peft_files import adapter_state, learned_over, load_adapter, load_base, peft_files, read_adapter_config
+from adapters.peft_files import adapter_state, learned_over, load_adapter, peft_files, read_adapter_config
 from adapters.scalar_head import RewardModel
 from adapters.task_heads import Task, TaskModel
 from adapters.token_rows import grow_vocabulary, learn_rows, start_rows
