@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from training.option_groups import STAGES
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ _BY_STAGE = {  # names that mean something else in each stage
     "loss_type": {"dpo": "dpo_loss", "grpo": "grpo_loss"},
 }
 _STAGES = {  # stage_type: options
-    **{name: {"stage": name} for name in ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")},
+    **{name: {"stage": name} for name in STAGES},
     **{name: {"stage": "reward"} for name in ("rm", "reward_modeling", "reward_model")},
     **{name: {"stage": "dpo", "dpo_loss": name} for name in ("kto", "orpo", "simpo", "ipo")},
 }
