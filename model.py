@@ -375,7 +375,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         with open_safetensors(single) as tensors:
             return {single: list(tensors.keys())}
     if not index.is_file():
-        raise UserError(f"{folder}: there is no model.safetensors and no model.safetensors.index.json")
+        raise UserError(_without_safetensors(folder))
     files: dict[Path, list[str]] = {}
     for name, file in read_json(index).get("weight_map", {}).items():
         files.setdefault(inside(folder, file, index.name), []).append(name)
@@ -385,6 +385,19 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         if absent:
             raise UserError(f"{path}: {min(absent)} is missing, though {index.name} places it there")
     return files
+
+
+def _without_safetensors(folder: Path) -> str:
+    """The sentence for a folder without weights, with what a pickle's owner can run; loading one runs what is in it."""
+    if not any(folder.glob("pytorch_model*.bin")):
+        return f"{folder}: there is no model.safetensors and no model.safetensors.index.json"
+    pickles, output = f"{folder}/pytorch_model*.bin", f"{folder}/model.safetensors"
+    return (
+        f"{folder} has its weights as a pickle, pytorch_model.bin, which is never loaded here; write them anew with: "
+        'python -c "import glob, torch; from safetensors.torch import save_file; save_file({n: t.clone().contiguous() '
+        f"for f in glob.glob({pickles!r}) for n, t in torch.load(f, map_location='cpu', weights_only=True).items()}}, "
+        f"{output!r}, {{'format': 'pt'}})\""
+    )
 
 
 def open_safetensors(path: Path):

@@ -16,6 +16,7 @@ COMMANDS = {
     "monitor": "watch one run or many in the terminal",
     "generate": "continue a text with a trained model",
     "chat": "talk with a trained model in the terminal",
+    "predict": "fill masks, classify, tag, find answers or embed, a line of JSON a row",
     "merge": "make an adapter part of its base model",
     "quantise": "write a model in 4 bits, for QLoRA and for bitsandbytes",
     "verify": "check every byte of a dataset or of checkpoints",

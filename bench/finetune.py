@@ -39,8 +39,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from adapters.base_models import load_base  # noqa: E402
 from adapters.lora import add_adapters, store_after_steps  # noqa: E402
-from adapters.peft_files import adapter_state, load_base  # noqa: E402
+from adapters.peft_files import adapter_state  # noqa: E402
 from arguments import ArgumentParser  # noqa: E402
 from batches.micro_batch import IGNORE_INDEX, MicroBatch  # noqa: E402
 from bench.finetune_data import Settings, in_one_row, in_order, padded, sequences_of, write_random_model  # noqa: E402

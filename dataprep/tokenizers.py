@@ -24,6 +24,7 @@ TOKENIZER_FILES: tuple[str, ...] = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+_OLDER_FILES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")  # which say ids, but not all of the rest
 DEFAULT_EOS = "<|endoftext|>"
 METASPACE = "\u2581"  # SentencePiece's mark of a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # byte fallback's
@@ -48,6 +49,12 @@ def load_tokenizer(folder: str | Path, *, lazy: bool = False, eos_token: str | N
     config = _read_json(folder / "tokenizer_config.json", required=False)
     if eos_token:
         config = config | {"eos_token": eos_token}
+    if not (folder / "tokenizer.json").exists() and any((folder / name).exists() for name in _OLDER_FILES):
+        raise UserError(
+            f"{folder} has a tokenizer, but no tokenizer.json; with transformers installed, write one with: "
+            f'python -c "from transformers import AutoTokenizer as T; T.from_pretrained({str(folder)!r})'
+            f'.save_pretrained({str(folder)!r})"'
+        )
     definition = _read_json(folder / "tokenizer.json", required=True)
     tokenizer = Tokenizer(definition, config, path=folder / "tokenizer.json", sha256=tokenizer_sha256(folder))
     if not lazy:
@@ -149,6 +156,18 @@ class Tokenizer:
         """What fills up a row: the token for padding or, where there is none, that which ends documents."""
         return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
+    @cached_property
+    def _masking(self) -> HFTokenizer:
+        """As `_plain`, but it knows the mask token."""
+        masks = [token for token in self.definition["added_tokens"] if token["id"] == self.mask_token_id]
+        others = [token for token in self.definition["added_tokens"] if token["id"] != self.mask_token_id]
+        shown = {**self.definition, "added_tokens": [*others, *({**token, "special": False} for token in masks)]}
+        hidden = self.special_tokens - {token["content"] for token in masks}
+        masking = HFTokenizer.from_str(json.dumps(without_special_tokens(shown, hidden)))
+        masking.no_padding()
+        masking.no_truncation()
+        return masking
+
     @property
     def byte_level(self) -> bool:
         """Whether ids are pieces of bytes without normalisation, so that every text comes back exactly."""
@@ -161,6 +180,10 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of many texts."""
         return [one.ids for one in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_batch_with_masks(self, texts: list[str]) -> list[list[int]]:
+        """As `encode_batch`, but the mask token, spelled out in a text, is the mask, as in transformers' tokenizers."""
+        return [one.ids for one in self._masking.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_batch_with_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text what `encode` gives, (n,) int32, and which characters [start, end) each id stands for, (n, 2) int32.

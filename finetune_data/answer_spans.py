@@ -247,12 +247,14 @@ def _window(
 
 @dataclass(frozen=True)
 class Answer:
-    """text: the exact characters of the context, "" for no answer. score: the sum of its start's and its end's logits.
+    """text: the exact characters of the context from the character `start` on, "" for no answer.
 
-    null_score: of "no answer", the lowest over the windows, for one window without an answer says nothing of the others.
+    score: the sum of its start's and its end's logits. null_score: of "no answer", the lowest over the windows, for one
+    window without an answer says nothing of the others.
     """
 
     text: str
+    start: int
     score: float
     null_score: float
 
@@ -280,7 +282,7 @@ def find_answer(
         if score > best:
             best, where = score, (int(window.characters[first, 0]), int(window.characters[last, 1]))
     none = may_be_none and null_score - best > null_threshold
-    return Answer("" if none else context[slice(*where)], best, null_score)
+    return Answer("" if none else context[slice(*where)], where[0], best, null_score)
 
 
 def _best_span(

@@ -52,7 +52,7 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if kind == "jsonl":
-        return _read_lines(_text_of(path, data, errors="surrogateescape"))
+        return rows_of_lines(_text_of(path, data, errors="surrogateescape"))
     text = _text_of(path, data)
     return _read_json(path, text) if kind == "json" else _read_table(path, text, "\t" if kind == "tsv" else ",")
 
@@ -65,7 +65,8 @@ def _text_of(path: Path, data: bytes, errors: str = "strict") -> str:
         raise UserError(f"{path} is not UTF-8 ({error}); save it in that encoding") from None
 
 
-def _read_lines(text: str) -> list[Row]:
+def rows_of_lines(text: str) -> list[Row]:
+    """The rows of a .jsonl's text."""
     rows: list[Row] = []
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028 inside a string
         if not line.strip():
@@ -86,7 +87,7 @@ def _read_json(path: Path, text: str) -> list[Row]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        rows = _read_lines(text)
+        rows = rows_of_lines(text)
         if sum(isinstance(row, dict) for _, row in rows) > len(rows) / 2:  # a .jsonl under another name
             return rows
         raise UserError(f"{path} is not JSON: {error}") from None

@@ -1,6 +1,6 @@
 """How do the files of texts with labels that people have become examples to classify, and these sequences of tokens?
 
-    text         text or sentence; or a pair: text_a + text_b, sentence1 + sentence2, premise + hypothesis, … (_PAIRS)
+    text         text or sentence; or a pair: text_a + text_b, sentence1 + sentence2, premise + hypothesis, … (PAIRS)
     label        one in `label` (or labels, gold_label, score, Quality); several as a list, or in `labels` as "a|b"
 
     kind         labels of the rows
@@ -43,7 +43,7 @@ from finetune_data.task_rows import (
 
 KINDS = ("single", "multi", "regression")
 
-_PAIRS = (
+PAIRS = (
     ("text_a", "text_b"),
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -52,7 +52,7 @@ _PAIRS = (
     ("question", "passage"),
     ("#1 String", "#2 String"),  # the paraphrase corpus of Microsoft Research as it was published
 )
-_TEXTS = ("text", "sentence")
+TEXTS = ("text", "sentence")
 _LABELS = ("label", "labels", "gold_label", "score", "Quality")
 _FASTTEXT = "__label__"
 _DETECTION_ROWS = 20  # a column may be empty in the first row
@@ -148,8 +148,8 @@ def _read_file(path: Path, rename: dict[str, str]) -> tuple[list[_Row], str, tup
     else:
         rows = _without_header(path, read_task_rows(path, rename))
     present = {column: None for _, row in _first_columns(rows) for column, value in row.items() if value is not None}
-    texts: tuple[str, ...] | None = next((pair for pair in _PAIRS if all(side in present for side in pair)), None)
-    texts = texts or next(((name,) for name in _TEXTS if name in present), None)
+    texts: tuple[str, ...] | None = next((pair for pair in PAIRS if all(side in present for side in pair)), None)
+    texts = texts or next(((name,) for name in TEXTS if name in present), None)
     label = next((name for name in _LABELS if name in present), None)
     if texts is None or label is None:
         missing = "text (or text_a and text_b)" if texts is None else "label"
@@ -178,7 +178,7 @@ def _first_columns(rows: Rows) -> Rows:
 
 def _without_header(path: Path, rows: Rows) -> Rows:
     """The rows of a table of two columns whose header is itself an example: one of its fields is a label of rows below."""
-    known = {*_TEXTS, *_LABELS, *(side for pair in _PAIRS for side in pair)}
+    known = {*TEXTS, *_LABELS, *(side for pair in PAIRS for side in pair)}
     good = [row for _, row in rows if isinstance(row, dict)]
     header = list(good[0])
     is_table = path.name.lower().removesuffix(".gz").endswith((".tsv", ".csv"))

@@ -33,7 +33,7 @@ from finetune_data.task_rows import (
     stored_names,
 )
 
-_WORDS = ("tokens", "words")
+WORDS = ("tokens", "words")
 _TAGS = ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels")
 _ROW_FILES = (".jsonl", ".json", ".parquet")
 _DOCUMENT = "-DOCSTART-"
@@ -124,7 +124,7 @@ def _read_conll(path: Path) -> list[_Row]:
 def _read_rows(path: Path, rename: dict[str, str]) -> tuple[list[_Row], tuple[str, ...], list[str]]:
     rows = read_task_rows(path, rename)
     present = {column: None for _, row in rows if isinstance(row, dict) for column in row}
-    words = next((name for name in _WORDS if name in present), None)
+    words = next((name for name in WORDS if name in present), None)
     tags = next((name for name in _TAGS if name in present), None)
     if words is None or tags is None:
         missing = "tokens" if words is None else "tags"

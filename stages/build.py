@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from adapters.actor_critic import REWARD_ADAPTER, REWARD_HEAD, scores_of
+from adapters.base_models import load_base
 from adapters.lora import adapter_settings
-from adapters.peft_files import load_base
 from adapters.scalar_head import RewardModel, padding_files
 from batches.masking import Masking, masking_of
 from batches.packing import Sequence

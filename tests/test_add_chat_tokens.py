@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.peft_files import load_base
+from adapters.base_models import load_base
 from adapters.token_rows import learn_rows, token_rows
 from dataprep.special_tokens import MARKS, TURNS
 from dataprep.tokenizers import load_tokenizer

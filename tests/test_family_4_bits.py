@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import utils
-from adapters.peft_files import load_base, save_quantised
+from adapters.base_models import load_base, save_quantised
 from checkpointing.tensors import model_tensors
 from model import load_pretrained
 from tests.family_models import MODELS, peer, transformers

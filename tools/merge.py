@@ -14,18 +14,9 @@ from pathlib import Path
 
 import torch
 
+from adapters.base_models import json_bytes, load_base, new_folder, stored_dtype
 from adapters.lora import is_quantised, merged_state, plain_shapes, quantise_layers
-from adapters.peft_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    json_bytes,
-    learned_over,
-    load_adapter,
-    load_base,
-    new_folder,
-    read_adapter_config,
-    stored_dtype,
-)
+from adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, learned_over, load_adapter, read_adapter_config
 from adapters.scalar_head import RewardModel
 from adapters.task_heads import TASK_CONFIG, TaskModel, saved_task
 from arguments import ArgumentParser

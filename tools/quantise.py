@@ -9,7 +9,7 @@ transformers' from_pretrained (with bitsandbytes installed) and utils.py generat
 import argparse
 from pathlib import Path
 
-from adapters.peft_files import load_base, save_quantised, stored_dtype
+from adapters.base_models import load_base, save_quantised, stored_dtype
 from arguments import ArgumentParser
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError

@@ -184,7 +184,7 @@ _BY_STAGE = {  # names that mean something else in each stage
     "validation_file": {stage: "val_file" if stage in TEXT_STAGES else "eval_data" for stage in STAGES},
 }
 _STAGES = {  # stage_type: options
-    **{name: {"stage": name} for name in ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")},
+    **{name: {"stage": name} for name in STAGES},
     **{name: {"stage": "reward"} for name in ("rm", "reward_modeling", "reward_model")},
     **{name: {"stage": "dpo", "dpo_loss": name} for name in ("kto", "orpo", "simpo", "ipo")},
 }
@@ -448,7 +448,7 @@ def _translate_stage(
         )
     if foreign:
         made.options |= {"name": str(name), "folder": f"{name}_stage"}
-    if made.options.get("stage", shared.get("stage", "pretrain")) == "pretrain" and "train_data" in made.options:
+    if made.options.get("stage", shared.get("stage", "pretrain")) in TEXT_STAGES and "train_data" in made.options:
         files = made.options.pop("train_data")
         files = files if isinstance(files, list) else [files]
         prepared = len(files) == 1 and (Path(files[0]) / "metadata.json").exists()

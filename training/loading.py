@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapters.actor_critic import POLICY_ADAPTER, REWARD_ADAPTER, REWARD_HEAD, VALUE_ADAPTER, ActorCritic, new_critic
+from adapters.base_models import load_base
 from adapters.lora import (
     LoraLinear,
     add_adapters,
@@ -16,7 +17,7 @@ from adapters.lora import (
     store_after_steps,
     store_learned,
 )
-from adapters.peft_files import adapter_state, learned_over, load_adapter, load_base, peft_files, read_adapter_config
+from adapters.peft_files import adapter_state, learned_over, load_adapter, peft_files, read_adapter_config
 from adapters.scalar_head import RewardModel
 from adapters.task_heads import Task, TaskModel
 from adapters.token_rows import grow_vocabulary, learn_rows, start_rows
@@ -282,16 +283,22 @@ def find_adapter(where: str | Path) -> Path:
     return folder
 
 
+def base_and_adapter(folder: Path, adapter: Path | None) -> tuple[Path, Path | None]:
+    """The folders of a model and of the adapter on it; where `folder` itself holds an adapter, of the base that it names."""
+    if adapter is not None or not (folder / ADAPTER_CONFIG).exists():
+        return folder, adapter
+    base = Path(read_adapter_config(folder).get("base_model_name_or_path") or "")
+    if not (base / "config.json").exists():
+        raise UserError(f"{folder} holds an adapter, and its base {base} is not here; give the base and --adapter")
+    return base, folder
+
+
 def load_for_use(folder: Path, adapter: Path | None, *, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model of a folder, with an adapter on it; or, where `folder` itself holds an adapter, on the base it names.
 
     A base is in NF4 where the adapter learned beside that: beside other weights it would compute something else.
     """
-    if adapter is None and (folder / ADAPTER_CONFIG).exists():
-        base = Path(read_adapter_config(folder).get("base_model_name_or_path") or "")
-        if not (base / "config.json").exists():
-            raise UserError(f"{folder} holds an adapter, and its base {base} is not here; give the base and --adapter")
-        folder, adapter = base, folder
+    folder, adapter = base_and_adapter(folder, adapter)
     if adapter is None:
         return load_base(folder, dtype=dtype, device=device)
     quantise = "nf4" if learned_over(adapter) == "nf4" else None

@@ -12,6 +12,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from adapters.base_models import load_base, load_quantised, quantised_state, save_quantised, stored_dtype
 from adapters.lora import (
     BLOCK_LINEARS,
     LoraLinear,
@@ -27,13 +28,8 @@ from adapters.peft_files import (
     learned_over,
     load_adapter,
     load_adapter_state,
-    load_base,
-    load_quantised,
-    quantised_state,
     read_adapter_config,
     save_adapter,
-    save_quantised,
-    stored_dtype,
 )
 from adapters.scalar_head import RewardModel
 from errors import UserError
@@ -483,7 +479,7 @@ def test_loading_a_base_in_4_bits_never_needs_its_full_weights(tmp_path):
     program = """
 import sys
 from model import load_pretrained
-from adapters.peft_files import load_base
+from adapters.base_models import load_base
 from adapters.lora import add_adapters
 
 def peak():

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from adapters.peft_files import load_base
+from adapters.base_models import load_base
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
 from generation.sampling import TextDecoder, generate, probabilities, stream_ids, stream_text

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.base_models import load_base
 from adapters.lora import add_adapters
-from adapters.peft_files import load_base, save_adapter
+from adapters.peft_files import save_adapter
 from arguments import ArgumentParser
 from checkpointing.save import save_checkpoint
 from dataprep.tokenizers import TOKENIZER_FILES, load_tokenizer

@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import tools.merge as merge
+from adapters.base_models import load_base, save_quantised
 from adapters.lora import LoraLinear, add_adapters
-from adapters.peft_files import load_base, save_adapter, save_quantised
+from adapters.peft_files import save_adapter
 from adapters.scalar_head import RewardModel
 from arguments import ArgumentParser
 from errors import UserError

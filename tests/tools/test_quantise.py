@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from adapters.peft_files import load_base
+from adapters.base_models import load_base
 from checkpointing.save import save_checkpoint
 from model import Transformer
 from model_config import ModelConfig
