@@ -184,3 +184,27 @@ def test_defaults_fit_each_other(tool, tmp_path):
     again = ["--tokenizer_type", "existing", "--tokenizer_dir", tmp_path / "out", "--vocab_size", "999"]
     flags[3] = tmp_path / "again"
     assert "--vocab_size is not used" in tool(*flags, *again).stdout
+
+
+def test_a_folder_of_the_input_is_the_validation_split(tool, tmp_path):
+    for split in ("train", "val", "valley"):
+        (tmp_path / "text" / split).mkdir(parents=True)
+        (tmp_path / "text" / split / "one.txt").write_text(f"what the {split} folder says\n" * 20)
+    flags = ["--input_dir", tmp_path / "text", "--vocab_size", "300", "--max_length", "16", "--num_workers", "1"]
+
+    def texts(folder, split):
+        opened = open_split(tmp_path / folder, split)
+        return load_tokenizer(tmp_path / folder).decode(opened.read(0, opened.num_tokens).tolist())
+
+    assert tool(*flags, "--output_dir", tmp_path / "a", "--val_subdir", "val/").returncode == 0
+    assert texts("a", "val") == "what the val folder says\n" * 20
+    assert texts("a", "train") == "what the train folder says\n" * 20 + "what the valley folder says\n" * 20
+    # the options are the dataset's, as all are
+    refused(tool(*flags, "--output_dir", tmp_path / "a"), "val_subdir was 'val' and is None")
+    refused(tool(*flags, "--output_dir", tmp_path / "b", "--val_subdir", "test"), "--val_subdir test is not a folder")
+    for split, words in (("val", "no document in it"), ("valley", "no document beside it")):
+        (tmp_path / "text" / split / "one.txt").write_text(" ")
+        if split == "valley":
+            (tmp_path / "text" / "val" / "one.txt").write_text("text")
+            (tmp_path / "text" / "train" / "one.txt").write_text(" ")
+        refused(tool(*flags, "--output_dir", tmp_path / "b", "--val_subdir", "val"), words)

@@ -104,7 +104,9 @@ def test_the_run_is_that_of_data_prep_tool_and_data_dir_bit_for_bit(texts, train
 
 
 def test_a_second_start_finds_what_the_first_prepared_and_other_text_is_prepared_beside_it(texts, train, tmp_path):
-    flags = [*files(texts), *SMALL]
+    copies = tmp_path / "copies"
+    shutil.copytree(texts, copies)
+    flags = [*files(copies), *SMALL]
     train(tmp_path / "run", *flags, "--max_steps", 3)
     before = contents(prepared(tmp_path / "run"))
     time = (prepared(tmp_path / "run") / "metadata.json").stat().st_mtime_ns
@@ -119,7 +121,8 @@ def test_a_second_start_finds_what_the_first_prepared_and_other_text_is_prepared
     # without a checkpoint the files may be others
     for path in (tmp_path / "run").glob("checkpoint_step_*"):
         shutil.rmtree(path)
-    train(tmp_path / "run", "--train_file", texts / "one.txt", *SMALL, "--max_steps", 1)
+    (copies / "two").write_text(text_of(9, 5000), encoding="utf-8")
+    train(tmp_path / "run", *flags, "--max_steps", 1)
     assert len(list((tmp_path / "run" / "data").iterdir())) == 2
 
 
@@ -259,6 +262,11 @@ def test_an_encoder_learns_from_a_file_of_text(texts, train, tmp_path):
     flags = [word for word in SMALL if word not in ("--start_context", "the")]
     train(tmp_path / "run", "--stage", "mlm", "--model", "bert", *files(texts), *flags, "--max_steps", 2)
     assert load_tokenizer(prepared(tmp_path / "run")).mask_token_id is not None
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_as_large_as_it_can_be(texts, train, tmp_path):
+    train(tmp_path / "run", *files(texts), *SMALL, "--vocab_size", 5000, "--max_steps", 1)
+    assert 300 < load_tokenizer(prepared(tmp_path / "run")).vocab_size < 5000
 
 
 def test_a_longer_text_gets_a_larger_vocabulary():

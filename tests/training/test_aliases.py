@@ -117,6 +117,18 @@ def test_one_thing_is_said_in_one_way_and_the_later_word_counts(one, other, tmp_
         assert resolve_config(stage.given(parse(*flags[first])))[0] == config_of(*flags[first])
 
 
+def test_a_run_that_goes_on_may_be_given_more_epochs():
+    """Of fine-tuning, too, whose steps were saved as what its epochs were."""
+    given = {"stage": "sft", "init_from": "base", "train_data": ["a.jsonl"]}
+    saved = dataclasses.asdict(resolve_config(given | {"num_epochs": 2.0})[0]) | {"max_steps": 30}
+    again, origins = resolve_config({}, saved)
+    assert again.max_steps == 30 and not again.counts_epochs(origins)
+    more, origins = resolve_config({"num_epochs": 5.0}, saved)
+    assert more.counts_epochs(origins) and more.num_epochs == 5
+    both, origins = resolve_config(given | {"num_epochs": 5.0, "max_steps": 7})  # as transformers has it, the steps win
+    assert both.max_steps == 7 and not both.counts_epochs(origins)
+
+
 def test_epochs_of_text_are_passes_over_its_rows(tiny_data, capsys):
     """What the plan says, with the number of rows that it has without --epochs."""
     small = ["--data_dir", tiny_data, "--hidden_size", 32, "--num_heads", 2, "--batch_size", 8, "--device", "cpu"]
