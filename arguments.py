@@ -6,6 +6,7 @@ Lowest layer, beside errors.py. Differences from `argparse.ArgumentParser`:
   - an error is one line on stderr, without the usage text, and exit code 2
   - `--help` keeps the line breaks of the description and shows each default that is worth showing
   - of a parser with very many flags `--help` shows those of a first run; `--help GROUP` and `--help all` show the others
+  - a flag may have other names (`aliases`); two names of one flag with different values are an error
 """
 
 import argparse
@@ -34,6 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", _HelpFormatter)
         super().__init__(**settings, allow_abbrev=False, add_help=False)
         self._first: list[argparse.Action] = []
+        self.aliases: dict[str, str] = {}  # the other name of a flag: its own, both without dashes
         self._help = self.add_argument("-h", "--help", action=_Help, help="show this help and leave")
 
     def shorten_help(self, first: Iterable[str]) -> None:
@@ -87,7 +89,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[Any, list[str]]:
-        return super().parse_known_args(self._as_declared(args), namespace)
+        known, unknown = super().parse_known_args(self._as_declared(args), namespace)
+        self._set_aliased(known)
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         sentence = message.removeprefix("argument ").replace("\n", " ")
@@ -104,6 +108,15 @@ class ArgumentParser(argparse.ArgumentParser):
             if _FLAG.fullmatch(name):
                 words[index] = declared.get(name.replace("-", "_"), name) + equals + value
         return words
+
+    def _set_aliased(self, known: argparse.Namespace) -> None:
+        """What was given under another name, under the flag's own."""
+        for alias, name in self.aliases.items():
+            if alias in known:
+                value = vars(known).pop(alias)
+                if getattr(known, name, value) != value:
+                    self.error(f"--{alias} is another name of --{name}, and both are given: leave one out")
+                setattr(known, name, value)
 
     def _visible_flags(self) -> list[str]:
         return [

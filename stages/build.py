@@ -134,13 +134,13 @@ def build_stage(
         return MLM(
             data=data.train, validation=data.held_out, masking=data.masking, filler_id=data.tokenizer.filler_id, ranks=ranks,
             precision=precision, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
-            eval_tokens=config.eval_tokens, z_loss=config.z_loss,
+            eval_tokens=config.tokens_of_evaluation(data.max_length), z_loss=config.z_loss,
         )  # fmt: skip
     if isinstance(data.train, TrainingData) and isinstance(data.held_out, Windows):
         return Pretrain(
             data=data.train, validation=data.held_out, token_bytes=TokenBytes(data.held_out.split, data.tokenizer), ranks=ranks,
             precision=precision, batch_size=config.batch_size, micro_batch_size=micro_batch_size,
-            eval_tokens=config.eval_tokens, z_loss=config.z_loss,
+            eval_tokens=config.tokens_of_evaluation(data.max_length), z_loss=config.z_loss,
             balance_weight=unwrap(model).config.router_aux_loss_coef, router_z_weight=config.router_z_loss_coef,
         )  # fmt: skip
     if config.stage in ("grpo", "ppo"):
@@ -148,7 +148,7 @@ def build_stage(
     assert isinstance(data.train, ExampleData) and isinstance(data.held_out, ExampleData | None)
     feed = ExampleFeed(
         data=data.train, validation=data.held_out, ranks=ranks, precision=precision, batch_size=config.batch_size,
-        micro_batch_size=micro_batch_size, max_length=data.max_length, eval_tokens=config.eval_tokens,
+        micro_batch_size=micro_batch_size, max_length=data.max_length, eval_tokens=config.tokens_of_evaluation(data.max_length),
     )  # fmt: skip
     if data.task is not None:
         return _task_stage(data.task, feed)

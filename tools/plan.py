@@ -106,7 +106,7 @@ def _table(
     start = _start(config, before)
     data = _windows(config) if config.on_text else _examples(config, start)
     model = start.shape
-    steps_known = config.on_text or origins["max_steps"] != "default"
+    steps_known = not config.counts_epochs(origins)
     if not steps_known and data.samples is not None:
         config, steps_known = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.samples)), True
 
@@ -123,7 +123,7 @@ def _table(
     if steps_known:
         extra["time estimate"] = _time(config, plan, device, precision)
     else:
-        extra["run"] = "as many steps as --num_epochs of the examples take, whose number is not known"
+        extra["run"] = "as many steps as --num_epochs of the data take, whose size is not known"
         extra["compute"] = f"{plan.flops_per_token:,.0f} FLOPs a token"
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

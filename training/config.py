@@ -48,6 +48,8 @@ _FINE_TUNING = {
     "log_interval": 10,
 }
 _LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "grpo": 1e-6, "ppo": 1e-6, **dict.fromkeys(TASKS, 2e-5)}
+# of fine-tuning both epochs and steps may be given, as in transformers, where the steps win
+ALTERNATIVES = (("eval_iter", "eval_tokens"), ("num_epochs", "max_steps"))
 _NOT_RESUMED = ("checkpoint", "save_dir", "device")  # where a run goes on is said anew
 # what a first run is asked for: the flags that `--help` alone shows
 _FIRST_FLAGS = (
@@ -121,6 +123,10 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         """Whether the stage learns from text, as data_prep_tool.py prepares it, and not from examples."""
         return self.stage in TEXT_STAGES
 
+    def counts_epochs(self, origins: dict[str, str]) -> bool:
+        """Whether the run is as long as `steps_of_epochs` says: always in fine-tuning where --max_steps is not given."""
+        return origins["max_steps"] == "default" and (not self.on_text or self.num_epochs is not None)
+
     @property
     def resolved_warmup_steps(self) -> int:
         if self.warmup_steps is None:
@@ -142,6 +148,11 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         rounds = math.ceil(epochs * num_samples / (self.batch_size * self.num_minibatches))
         return rounds * self.steps_per_phase
 
+    def tokens_of_evaluation(self, max_length: int) -> int:
+        """--eval_tokens, or those of --eval_iter micro-batches with rows of `max_length`; 0 means all."""
+        rows = self.micro_batch_size or self.batch_size  # not a rank's share: figures must not depend on their number
+        return self.eval_tokens if self.eval_iter is None else self.eval_iter * rows * max_length
+
     @property
     def resolved_save_interval(self) -> int:
         return self.save_interval or self.eval_interval or self.max_steps
@@ -153,6 +164,7 @@ def add_options(parser: ArgumentParser) -> None:
         about, example = inspect.cleandoc(options.__doc__ or "").split("\n\n")
         group = parser.add_argument_group(title, f"{about}\n  {example}")
         add_flags(group, specs_of(options).values())
+        parser.aliases |= {alias: spec.name for spec in specs_of(options).values() for alias in spec.aliases}
         if options is RunOptions:
             group.add_argument(
                 "--config", metavar="FILE", default=argparse.SUPPRESS,
@@ -189,6 +201,7 @@ def resolve_config(
         for name, value in layer.items():
             if name in SPECS:  # a resumed run may have been written by a version with other options
                 values[name], origins[name] = value, origin
+    _settle_alternatives(values, origins)
     if origins["num_heads"] == "default" and origins["hidden_size"] != "default":
         values["num_heads"], origins["num_heads"] = heads_of_size(values["hidden_size"]), "--hidden_size"
     config = TrainConfig(**values)
@@ -197,6 +210,27 @@ def resolve_config(
         if not in_plan:
             refuse_unread(config, [name for name in origins if origins[name] in ("command line", "config file")])
     return config, origins
+
+
+def _settle_alternatives(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Of two options that say one thing in two ways the one that was said later, the other as if it were never given.
+
+    UserError where both are given in one place.
+    """
+    for pair in ALTERNATIVES:
+        later = [name for name in pair if origins[name] == "command line"]
+        later = later or [name for name in pair if origins[name] == "config file"]
+        if len(later) == 2 and not ("max_steps" in pair and values.get("stage", "pretrain") not in TEXT_STAGES):
+            raise UserError(f"--{pair[0]} and --{pair[1]} say one thing in two ways: leave one out")
+        for name in set(pair) - set(later) if later else ():
+            values.pop(name, None)
+            origins[name] = "default"
+
+
+def without_alternatives(options: dict[str, Any], later: Collection[str]) -> dict[str, Any]:
+    """`options` without those that one of the options named in `later` says in another way."""
+    gone = {name for pair in ALTERNATIVES for name in pair if set(pair) - {name} & set(later)}
+    return {name: value for name, value in options.items() if name not in gone}
 
 
 def heads_of_size(hidden_size: int) -> int:

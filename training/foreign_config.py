@@ -3,7 +3,8 @@
 Flat files with the names of transformers and TRL (`per_device_train_batch_size`), files with groups (`model.name`,
 `lora.r`, `training.…`), and plans with [datasets.NAME] and [[stages]] of a `stage_type`. One table has every name: one that
 means an option of ours, one that is accepted where it asks for what is the case anyway, and one that is refused, with the
-reason. Our own names may stand beside them. What was read as what is said before a run begins.
+reason. Our own names may stand beside them. What was read as what is said before a run begins. The names of teaching scripts
+(`start_context`) are each option's `aliases`, in training/option_groups.py.
 """
 
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from training.option_groups import STAGES
+from training.option_groups import SPECS, STAGES
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ NAMES: dict[str, Is | Only | Unused] = {
     "num_mini_batches": Is("num_minibatches"),
     "use_vllm": Only(_OFF, "answers are drawn by this project's own generation"),
 }
+NAMES |= {alias: Is(name) for name, spec in SPECS.items() for alias in spec.aliases}
 
 # what a name in a group is called outside of it; a name that is not here keeps its own
 _LORA = {

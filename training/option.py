@@ -58,6 +58,7 @@ class Spec(typing.NamedTuple):
     bound: Bound | None
     read_by: tuple[Runs, ...]
     value_if_bare: Any
+    aliases: tuple[str, ...]
 
 
 def option(
@@ -68,14 +69,18 @@ def option(
     bound: Bound | None = None,
     read_by: Runs | tuple[Runs, ...] = (),
     value_if_bare: Any = None,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
     """The dataclass field of an option.
 
     read_by: the runs that read it, all of these at once; every run where none is named. value_if_bare: what the flag
-    means without a value, where it may stand alone.
+    means without a value, where it may stand alone. aliases: what other scripts call it; they are flags and keys too.
     """
     readers = (read_by,) if isinstance(read_by, Runs) else read_by
-    metadata = {"help": help, "choices": choices, "bound": bound, "read_by": readers, "value_if_bare": value_if_bare}
+    metadata = {
+        "help": help, "choices": choices, "bound": bound, "read_by": readers, "value_if_bare": value_if_bare,
+        "aliases": aliases,
+    }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -124,6 +129,8 @@ def add_flags(group: Any, specs: Iterable[Spec]) -> None:
             if spec.is_list:
                 settings["nargs"] = "+"
         group.add_argument(f"--{spec.name}", **settings)
+        for alias in spec.aliases:  # the help of the option names it
+            group.add_argument(f"--{alias}", **settings | {"dest": alias, "help": argparse.SUPPRESS})
 
 
 def values_of(spec: Spec) -> str:
@@ -133,7 +140,8 @@ def values_of(spec: Spec) -> str:
 
 def help_of(spec: Spec) -> str:
     """An option's help for argparse, with its default where there is one that the text does not explain."""
-    text = spec.help.replace("%", "%%")
+    also = "".join(f"; also --{alias}" for alias in spec.aliases)
+    text = spec.help.replace("%", "%%") + also
     if spec.default is False or spec.default in (None, "", []) or "(default" in text:
         return text
     shown = " ".join(spec.default) if spec.is_list else spec.default

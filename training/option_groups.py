@@ -49,6 +49,10 @@ WINDOWS = (
 ROLLOUTS = runs_of("grpo", "ppo")
 FINE_TUNING = Runs("fine-tuning", lambda c: c.stage not in TEXT_STAGES)
 CHATS = Runs("stages that learn from chats", lambda c: c.stage not in (*TEXT_STAGES, *TASKS))
+PART_EVALUATED = Runs(
+    "stages that evaluate on given text, and neither on answers of their own (--eval_samples) nor on all that is held out",
+    lambda c: c.stage not in ("grpo", "ppo", *TASKS),
+)
 ADAPTERS = Runs("--lora", lambda c: c.lora)
 NEW = Runs("models trained from nothing (--init_from has a shape of its own)", lambda c: c.init_from is None)
 
@@ -78,7 +82,7 @@ class StageOptions:
     """
 
     stage: str = option("what is learned: pretrain (the next token of text), mlm (hidden tokens of text, by an encoder), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers), classify (labels of texts), tag (a tag for each word), answer (where in a text the answer to a question is)", "pretrain", choices=STAGES)
-    init_from: str | None = option("model to start from: a Hugging Face folder, or a run or checkpoint of groundup; its tokenizer and shape are taken", None)
+    init_from: str | None = option("model to start from: a Hugging Face folder, or a run or checkpoint of groundup; its tokenizer and shape are taken", None, aliases=("load_model",))
 
 
 @dataclass
@@ -301,8 +305,8 @@ class OptimizationOptions:
 
     batch_size: int = option("sequences a step, over all ranks and micro-batches", 32, bound=POSITIVE)
     micro_batch_size: int | None = option("sequences a forward pass on one rank; the rest is accumulated (default: a rank's whole share of the batch)", None, bound=POSITIVE)
-    max_steps: int = option("optimizer steps of the run (fine-tuning: from --num_epochs where it is not given)", 100_000, bound=POSITIVE)
-    num_epochs: float | None = option("fine-tuning: passes over --train_data (default: 3 for sft, classify, tag and answer, 1 otherwise)", None, bound=POSITIVE, read_by=FINE_TUNING)
+    max_steps: int = option("optimizer steps of the run (fine-tuning, and any run with --num_epochs: from that where it is not given)", 100_000, bound=POSITIVE)
+    num_epochs: float | None = option("passes over the examples, or over the rows of the text, in place of --max_steps (default: 3 for sft, classify, tag and answer, 1 for other fine-tuning, none on text)", None, bound=POSITIVE, aliases=("epochs",))
     learning_rate: float = option("peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft, classify, tag, answer), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4, bound=POSITIVE)
     warmup_steps: float | None = option("steps of linear warm-up, or below 1 a share of --max_steps (default: 2000, or a tenth of --max_steps where that is less)", None, bound=NOT_NEGATIVE)
     schedule: str = option("after the warm-up: cosine, linear, or wsd (constant, then linear over the last --decay_fraction)", "wsd", choices=SCHEDULES)
@@ -341,14 +345,15 @@ class RunOptions:
     python train.py --save_dir checkpoints/mine --checkpoint latest --max_steps 30000
     """
 
-    save_dir: str = option("where checkpoints, metrics.jsonl and the plot go", "./checkpoints")
+    save_dir: str = option("where checkpoints, metrics.jsonl and the plot go", "./checkpoints", aliases=("save_model",))
     checkpoint: str | None = option("resume from this checkpoint folder, or from the newest whole one: latest", None)
     save_interval: int | None = option("steps between checkpoints (default: --eval_interval)", None, bound=POSITIVE)
     keep_checkpoints: int = option("newest checkpoints to keep (the best one is kept too); 0 keeps all", 3, bound=NOT_NEGATIVE)
     log_interval: int = option("steps between log lines", 100, bound=POSITIVE)
-    eval_interval: int = option("steps between evaluations on the validation split; 0 evaluates at the end only", 500, bound=NOT_NEGATIVE)
-    eval_tokens: int = option("validation tokens read at each evaluation; 0 reads all. The last evaluation always reads all", 1_000_000, bound=NOT_NEGATIVE, read_by=Runs("stages that evaluate on given text, and neither on answers of their own (--eval_samples) nor on all that is held out", lambda c: c.stage not in ("grpo", "ppo", *TASKS)))
-    sample_prompt: str = option("text to continue at each evaluation; an empty text draws no sample", "The ")
+    eval_interval: int = option("steps between evaluations on the validation split; 0 evaluates at the end only", 500, bound=NOT_NEGATIVE, aliases=("eval_freq",))
+    eval_tokens: int = option("validation tokens read at each evaluation; 0 reads all. The last evaluation always reads all", 1_000_000, bound=NOT_NEGATIVE, read_by=PART_EVALUATED)
+    eval_iter: int | None = option("micro-batches read at each evaluation, in place of --eval_tokens: each of --micro_batch_size rows, or of --batch_size where that is not given, on however many ranks", None, bound=POSITIVE, read_by=PART_EVALUATED)
+    sample_prompt: str = option("text to continue at each evaluation; an empty text draws no sample", "The ", aliases=("start_context",))
     sample_tokens: int = option("tokens of that sample", 100, bound=NOT_NEGATIVE, read_by=Runs("runs with a --sample_prompt", lambda c: bool(c.sample_prompt)))
     seed: int = option("of the initial weights and of the data order", 0)
 # fmt: on

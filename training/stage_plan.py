@@ -30,7 +30,7 @@ from arguments import did_you_mean
 from checkpointing.load import load_state, resolve_checkpoint
 from errors import UserError
 from families.task_names import TASKS
-from training.config import is_read, refuse_unread, resolve_config
+from training.config import is_read, refuse_unread, resolve_config, without_alternatives
 from training.config_file import read_config_content, translated
 from training.foreign_config import NAMES, is_foreign, translate_plan
 from training.option import coerce_option
@@ -65,7 +65,8 @@ class PlannedStage:
     def given(self, flags: dict[str, Any]) -> dict[str, Any]:
         """All that this stage is given, as resolve_config takes it: the file's options and, over them, the flags."""
         sizes = PRESETS.get(flags.get("preset", ""), {})  # a preset of the command line beats the file's sizes
-        options = {name: value for name, value in self.options.items() if name not in sizes}
+        options = without_alternatives(self.options, flags)
+        options = {name: value for name, value in options.items() if name not in sizes}
         left_out = ("config",) if self.is_first else ("config", "init_from")
         return options | {name: value for name, value in flags.items() if name not in left_out}
 
@@ -96,7 +97,7 @@ def read_plan(path: str) -> list[PlannedStage]:
             PlannedStage(
                 title,
                 folder or f"{number}_{name}",
-                shared | options,
+                without_alternatives(shared, options) | options,
                 frozenset(options),
                 number == 1,
                 frozenset(derived[number - 1]),

@@ -154,7 +154,6 @@ DPO, REWARD, PPO, GRPO = (
         (SFT + " --eval_data b.jsonl", "eval_fraction 0.1", "--eval_data"),
         (SFT, "decay_fraction 0.1", "--schedule wsd"),
         (SFT, "sample_tokens 10", "--sample_prompt"),
-        ("--data_dir data", "num_epochs 3", "fine-tuning"),
         ("--data_dir data", "chat_template chatml", "stages that learn from chats"),
         ("--data_dir data", "lora_alpha 8", "--lora"),
     ],

@@ -11,6 +11,7 @@ import yaml
 from errors import UserError
 from training.config import TrainConfig, read_config_file, resolve_config
 from training.foreign_config import GROUPS, NAMES, Only, Unused
+from training.option_groups import SPECS
 from training.stage_plan import check_plan, read_as, read_plan
 
 FLAT = {
@@ -77,7 +78,8 @@ def test_the_names_are_those_that_the_tools_have():
     ]  # fmt: skip
     known = {spec.name for one in classes for spec in dataclasses.fields(one)}
     quantised = transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict()
-    missing = {*NAMES} - known - {*quantised}
+    ours = {alias for spec in SPECS.values() for alias in spec.aliases}  # of teaching scripts, see test_aliases.py
+    missing = {*NAMES} - known - {*quantised} - ours
     elsewhere = {
         # of plans, and of what people write beside those classes
         "stage_type", "dataset_path", "train_file", "validation_file", "use_lora", "reward_model_path", "reward_funcs",
