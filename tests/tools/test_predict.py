@@ -149,6 +149,15 @@ def test_a_roberta_mask_takes_the_space_before_it_and_padding_of_the_vocabulary_
         assert np.allclose([one["probability"] for one in mask], values, **CLOSE)
 
 
+def test_a_short_text_is_padded_with_no_position_that_the_model_has_not(byte_level, predict):
+    """Of 48 positions, where rows as wide as kernels like them would be of 64."""
+    ((row,), _) = predict(byte_level, "--text", "<mask>", "--top_k", 1)
+    with torch.no_grad():
+        model = transformers.RobertaForMaskedLM.from_pretrained(byte_level).eval()
+        wanted = model(torch.tensor([[0, 4, 2]])).logits[0, 1, : len(a_tokenizer(byte_level))].softmax(-1).max()
+    assert np.isclose(row["masks"][0][0]["probability"], wanted, **CLOSE)
+
+
 def test_a_row_without_a_mask_keeps_its_place_and_says_so(bases, predict, tmp_path):
     lines = ["the film is", *LINES[:2], "", LINES[2]]
     rows, err = predict(bases["bert"], "--input", write_lines(tmp_path / "l.txt", lines), "--batch_size", 1)
