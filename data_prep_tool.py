@@ -8,6 +8,7 @@ the same command continues. What is in the folder: docs/data.md. With --format s
 fine-tune on instead: see finetune_data/example_shards.py.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,11 @@ def add_dataset_flags(group: Any) -> None:
         default=0.01,
         help="share of documents held out, chosen by a hash of their content",
     )
+    group.add_argument(
+        "--val_subdir",
+        metavar="NAME",
+        help="folder in --input_dir whose text is the validation split, and no other (default: --val_fraction of all)",
+    )
     group.add_argument("--shard_tokens", type=int, default=256_000_000, help="tokens of a shard, at most")
 
 
@@ -172,6 +178,7 @@ def main() -> None:
     if args["stride"] is None:
         args["stride"] = min(Options.stride, args["max_length"] // 2)
     prepare(Options(**args), progress)
+    progress.say(f"next: python train.py --data_dir {shlex.quote(str(args['output_dir']))}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -257,17 +258,23 @@ def read_json(path: Path) -> dict:
 # ---- all ranks agree -------------------------------------------------------------------------------------------------
 
 
-def from_rank_0(function: Callable):
-    """What `function` returns on rank 0, on every rank. A UserError or OSError it raises is raised on every rank."""
+def from_rank_0(function: Callable, patience: timedelta | None = None):
+    """What `function` returns on rank 0, on every rank. A UserError or OSError it raises is raised on every rank.
+
+    patience: how long the other ranks wait, where the time that they wait for one another (ranks.py) may be too short.
+    """
     outcome: list = [None, None]
     distributed = dist.is_initialized() and dist.get_world_size() > 1
+    group = dist.new_group(timeout=patience, backend="gloo") if distributed and patience else None
     if not distributed or dist.get_rank() == 0:
         try:
             outcome[0] = function()
         except (UserError, OSError) as error:
             outcome[1] = error
     if distributed:
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if group is not None:
+        dist.destroy_process_group(group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -87,6 +86,7 @@ class Options:
     tiktoken_encoding: str = "gpt2"
     pretokenizer: str = "llama3"
     val_fraction: float = 0.01
+    val_subdir: str | None = None
     text_extensions: tuple[str, ...] = ()
     text_key: str = "text"
     eos_token: str | None = None
@@ -143,6 +143,7 @@ class Options:
         if self.tokenizer_type == "existing":
             options["tokenizer_sha256"] = tokenizer_sha256(self.existing_tokenizer)
         options["begins_with_cls"] = self.begins_with_cls or None
+        options["val_subdir"] = Path(self.val_subdir).as_posix() if self.val_subdir else None
         return options
 
 
@@ -188,6 +189,8 @@ def check_options(options: Options) -> None:
         raise UserError(
             f"--eos_token cannot be chosen with --tokenizer_type tiktoken; its encodings end in {DEFAULT_EOS}"
         )
+    if options.val_subdir and not (options.input_dir / options.val_subdir).is_dir():
+        raise UserError(f"--val_subdir {options.val_subdir} is not a folder in --input_dir {options.input_dir}")
     for extension in options.text_extensions:
         if not re.fullmatch(r"\.[^./\\]+", extension):
             raise UserError(f"--text_extensions {extension}: write each extension with its dot, such as .py")
@@ -226,16 +229,18 @@ def prepare(options: Options, progress: Progress) -> Metadata:
         results = [load_result(state, task) for task in range(len(plan.tasks))]
         if not sum(sum(result.documents.values()) for result in results):
             raise UserError(_no_documents(input_dir, _tally(found, results, plan)))
+        _require_both_splits(plan, options, results)
         progress.say("writing shards")
         splits = assemble(
-            state, results, dtype=dtype, shard_tokens=options.shard_tokens, val_fraction=options.val_fraction
-        )
+            state, results, dtype=dtype, shard_tokens=options.shard_tokens,
+            val_fraction=0.0 if options.val_subdir else options.val_fraction,
+        )  # fmt: skip
         metadata = _metadata(plan, tokenizer, engine, dtype, splits, found, results)
         names = [name for split in splits.values() for shard in split.shards for name in shard.files]
         publish(state, output_dir, names, [state / _TOKENIZER_FOLDER])
         write_atomic(output_dir / METADATA_FILE, metadata.to_json())
         shutil.rmtree(output_dir / STATE_FOLDER)
-    _summarise(metadata, found, time.monotonic() - started, output_dir, progress)
+    _summarise(metadata, found, time.monotonic() - started, progress)
     return metadata
 
 
@@ -272,6 +277,14 @@ def _require_files(found: Discovery, input_dir: Path) -> None:
             how = f"to read them as plain text add --text_extensions {suffix}"
             raise UserError(f"{reason}, but {count:,} {suffix} files; {how}")
     raise UserError(f"{reason}; put text files there")
+
+
+def _require_both_splits(plan: Plan, options: Options, results: list[TaskResult]) -> None:
+    """UserError for --val_subdir where it, or what is beside it, has no document."""
+    for split in SPLITS if options.val_subdir else ():
+        if not any(result.documents[split] for result in results):
+            where = "in it" if split == "val" else "beside it"
+            raise UserError(f"--val_subdir {options.val_subdir}: no document {where}, in {plan.input_dir}, can be used")
 
 
 def _existing(plan: Plan, options: Options, progress: Progress) -> Metadata | None:
@@ -554,7 +567,7 @@ def _metadata(
     )
 
 
-def _summarise(metadata: Metadata, found: Discovery, seconds: float, output_dir: Path, progress: Progress) -> None:
+def _summarise(metadata: Metadata, found: Discovery, seconds: float, progress: Progress) -> None:
     for kind, one in metadata.skipped.items():
         more = ", …" if one["count"] > len(one["examples"]) else ""
         progress.say(f"skipped {one['count']:,} × {kind}: {', '.join(one['examples'])}{more}")
@@ -576,4 +589,3 @@ def _summarise(metadata: Metadata, found: Discovery, seconds: float, output_dir:
             f"warning: none of the {train.documents} documents is held out, as each is a large part of the text; for a "
             "validation loss raise --val_fraction or split the text into more files"
         )
-    progress.say(f"next: python train.py --data_dir {shlex.quote(str(output_dir))}")

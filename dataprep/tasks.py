@@ -182,10 +182,12 @@ def run_task(
 
 def read_range(plan: Plan, part: FileRange) -> Iterator[tuple[Document, str] | Skipped]:
     """The documents of a range, each with its split, and what is skipped."""
-    fraction = plan.options["val_fraction"]
+    fraction, val_subdir = plan.options["val_fraction"], plan.options["val_subdir"]
     for item in read_documents(plan.input_dir, plan.files[part.file], part.start, part.stop, plan.options["text_key"]):
         if isinstance(item, Skipped):
             yield item
+        elif val_subdir:
+            yield item, "val" if plan.files[part.file].path.startswith(f"{val_subdir}/") else "train"
         elif plan.holds_out_tail:
             yield from hold_out_tail(item, fraction)
         else:

@@ -211,7 +211,8 @@ def _load_tiktoken(encoding_name: str):
     where = f"TIKTOKEN_CACHE_DIR={folder} does not hold it" if folder else "TIKTOKEN_CACHE_DIR is not set"
     raise UserError(
         f"the encoding {encoding_name} could not be downloaded ({type(reason).__name__}) and {where}; set "
-        "TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on a machine with internet"
+        "TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on a machine with internet, or name a folder that holds its "
+        "tokenizer.json instead"
     )
 
 

@@ -10,7 +10,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ from training.plan import mask_probability
 from training.precision import Precision
 from training.standing import Pins
 from training.task_data import TaskData, open_task_data
+from training.text_files import with_prepared_text
 
 Groups = list | ExampleShards  # of examples, or of prompts
 Stage = Pretrain | MLM | SFT | RewardStage | DPO | KTO | GRPO | PPO | Classify | Tag | Answer
@@ -113,7 +114,11 @@ def open_stage_data(
     # the order of a run that began before it had a version stays as it was
     sampler = SAMPLER_VERSION if saved_order is None else saved_order.get("sampler", 1)
     if config.on_text:
-        return _open_shards(config, base, context, sampler)
+        text_order: dict = {}
+        if config.train_file:
+            config, text_order = with_prepared_text(config, base, context, saved_order or {}, checkpoint)
+        data = _open_shards(config, base, context, sampler)
+        return replace(data, order=data.order | text_order)
     assert base is not None and context is not None, "fine-tuning starts from a model"
     if config.stage in TASKS:
         return _of_task(config, open_task_data(config, base, context, sampler), base, sampler)

@@ -165,7 +165,10 @@ def _row_length(config: TrainConfig) -> tuple[int, int]:
 def _windows(config: TrainConfig) -> Data:
     length, stride = _row_length(config)
     if not config.data_dir:
-        return Data(length, None, words="none given: rows of 2,048 tokens are assumed; name it with --data_dir")
+        given = "--train_file, not counted before train.py prepares it" if config.train_file else "none given"
+        return Data(
+            length, None, words=f"{given}: rows of {length:,} tokens are assumed; name what is prepared with --data_dir"
+        )
     splits = [open_split(folder, "train") for folder in config.data_dir]
     if config.next_sentence:
         tokenizer = load_tokenizer(config.data_dir[0], lazy=True)

@@ -18,13 +18,10 @@ from adapters.peft_files import read_adapter_config
 from checkpointing import save_folder
 from checkpointing.load import resolve_checkpoint
 from checkpointing.save_folder import ADAPTER_CONFIG, from_rank_0, list_checkpoints, read_json
-from dataprep.pipeline import Options, prepare
-from dataprep.progress import Progress
 from errors import UserError
 from ranks import Ranks
 from tools import merge
 from training.config import TrainConfig
-from training.loading import find_base, read_shape
 from training.parallel import StopRequest
 from training.resume import was_restarted
 from training.stage_plan import PlannedStage, finished_checkpoint
@@ -59,12 +56,6 @@ def run_plan(
             if ranks.is_main:
                 print(f"{stage.title}: " + (f"finished already, {done}" if done else given["save_dir"]), flush=True)
             if done is None:
-                if stage.text_data:
-                    base = find_base(given["init_from"]) if given.get("init_from") else None
-                    made = from_rank_0(lambda: prepare_text(stage, given, base))  # noqa: B023 - called here
-                    given = {name: value for name, value in given.items() if name != "rename_columns"} | {
-                        "data_dir": [str(made)]
-                    }
                 finished, stop = run_stage(given, ranks, given.keys() - flags.keys())
                 for number, handler in handlers.items():
                     signal.signal(number, handler)  # while the next stage is set up, a signal ends the process
@@ -81,34 +72,6 @@ def folder_of_start(task: Path, resuming: bool) -> Path:
     """Where this start of a plan goes: TASK/TIME, or where it goes on the newest of those that are there."""
     earlier = sorted(path for path in task.glob("*") if path.is_dir()) if resuming else []
     return earlier[-1] if earlier else task / time.strftime("%Y%m%d_%H%M%S")
-
-
-def prepare_text(stage: PlannedStage, given: dict[str, Any], base: Path | None) -> Path:
-    """The shards of a stage that pretrains on files with rows of text, made once, in its folder. Raises UserError.
-
-    With the tokenizer of `base`, the model that it goes on from; without one, a tokenizer is trained on the text.
-    """
-    folder, renamed = Path(given["save_dir"]), given.get("rename_columns", [])
-    column = next((pair.partition("=")[0] for pair in renamed if pair.endswith("=text")), "text")
-    text = Path(stage.text_data[0])
-    if len(stage.text_data) > 1 or not text.is_dir():
-        text = folder / "text"
-        text.mkdir(parents=True, exist_ok=True)
-        for number, file in enumerate(stage.text_data):
-            link = text / f"{number}_{Path(file).name}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path(file).resolve())
-    max_length = given.get(
-        "max_length", Options.max_length if base is None else read_shape(base).max_position_embeddings
-    )
-    prepare(
-        Options(
-            text, folder / "data", tokenizer_type="existing" if base else "bpe", tokenizer_dir=base, max_length=max_length,
-            stride=min(Options.stride, max_length // 2), text_key=column,
-        ),
-        Progress(),
-    )  # fmt: skip
-    return folder / "data"
 
 
 def release_memory(device: torch.device, compiled: bool) -> None:

@@ -49,7 +49,7 @@ _FINE_TUNING = {
 }
 _LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "grpo": 1e-6, "ppo": 1e-6, **dict.fromkeys(TASKS, 2e-5)}
 # of fine-tuning both epochs and steps may be given, as in transformers, where the steps win
-ALTERNATIVES = (("eval_iter", "eval_tokens"), ("num_epochs", "max_steps"))
+ALTERNATIVES = (("train_file", "data_dir"), ("eval_iter", "eval_tokens"), ("num_epochs", "max_steps"))
 _NOT_RESUMED = ("checkpoint", "save_dir", "device")  # where a run goes on is said anew
 # what a first run is asked for: the flags that `--help` alone shows
 _FIRST_FLAGS = (
@@ -93,8 +93,10 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
     def _check_stage(self, data_needed: bool) -> None:
         """UserError where what the stage starts from or learns from is missing, or was given for another stage."""
         if self.on_text:
-            if data_needed and not self.data_dir:
-                raise UserError("--data_dir is missing: name a folder written by data_prep_tool.py")
+            if data_needed and not self.data_dir and not self.train_file:
+                raise UserError(
+                    "--data_dir is missing: name a folder written by data_prep_tool.py, or files of text with --train_file"
+                )
             if self.train_data:
                 raise UserError("--train_data is for fine-tuning: add --stage sft, reward or dpo, or give --data_dir")
             encoder = self.model in ENCODERS

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from training.option_groups import SPECS, STAGES
+from training.option_groups import SPECS, STAGES, TEXT_STAGES
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ NAMES: dict[str, Is | Only | Unused] = {
     # examples
     "dataset_path": Is("train_data"),
     "dataset_name": Is("train_data"),
-    "train_file": Is("train_data"),
-    "validation_file": Is("eval_data"),
+    "train_file": Is("train_file"),
+    "validation_file": Is("val_file"),
     "max_seq_length": Is("max_length"),
     "assistant_only_loss": Is("train_on", {True: "assistant", False: "all"}),
     "completion_only_loss": Is("train_on", {True: "assistant", False: "all"}),
@@ -180,6 +180,8 @@ _ADAPTERS = ("lora", "lora_config", "peft")  # groups that ask for adapters by b
 _BY_STAGE = {  # names that mean something else in each stage
     "beta": {"dpo": "dpo_beta", "grpo": "kl_coefficient"},
     "loss_type": {"dpo": "dpo_loss", "grpo": "grpo_loss"},
+    "train_file": {stage: "train_file" if stage in TEXT_STAGES else "train_data" for stage in STAGES},
+    "validation_file": {stage: "val_file" if stage in TEXT_STAGES else "eval_data" for stage in STAGES},
 }
 _STAGES = {  # stage_type: options
     **{name: {"stage": name} for name in STAGES},
@@ -203,7 +205,7 @@ def is_foreign(content: dict[str, Any], own: Collection[str]) -> bool:
     """Whether a file has a name of another tool's."""
     tables = content.get("stages")
     inner = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
-    foreign = {*NAMES, "task_name", "datasets", "stage_name"} - set(own)
+    foreign = {*NAMES, "task_name", "datasets", "stage_name"} - set(own) | {*_BY_STAGE}
     named = [(str(name).replace("-", "_"), value) for table in (content, *inner) for name, value in table.items()]
     return any(name in foreign or (name in GROUPS and isinstance(value, dict)) for name, value in named)
 
@@ -288,12 +290,13 @@ def _read(
     elif isinstance(rule, Unused):
         found.lines.append(f"{name} is not used: {rule.reason}")
     elif name in _BY_STAGE:
-        if stage not in _BY_STAGE[name]:
+        kind = stage or "pretrain"
+        if kind not in _BY_STAGE[name]:
             stages = " or ".join(f"{option} of {kind}" for kind, option in _BY_STAGE[name].items())
             raise UserError(
                 f"--config {where}: {name} is {stages}, and the stage is {stage or 'not given'}: add `stage`"
             )
-        put(_BY_STAGE[name][stage], name, value)
+        put(_BY_STAGE[name][kind], name, value)
     elif name in ("eval_strategy", "evaluation_strategy"):
         if value not in ("no", "steps", None):
             raise UserError(f"--config {where}: {name} {value} cannot be done: {_IN_STEPS}")
@@ -397,8 +400,8 @@ def translate_plan(
 ) -> tuple[dict[str, Any], list[str], list[set[str]]]:
     """(a plan's file in our words, what was read as what, the derived options of each stage). UserError as in `translate`.
 
-    Its stages may also hold "folder", the name of their folder, and "text_data", files with rows of text to pretrain on; and
-    beside them stands "task_folder", below which each start has a folder with its time, where the file names no save_dir.
+    Its stages may also hold "folder", the name of their folder; and beside them stands "task_folder", below which each start
+    has a folder with its time, where the file names no save_dir.
     """
     content = dict(content)
     tables, datasets, task = content.pop("stages"), content.pop("datasets", {}), content.pop("task_name", None)
@@ -439,19 +442,17 @@ def _translate_stage(
     if isinstance(chosen, dict) or data is not None:
         table["dataset"] = _columns_apart(dict(data or chosen), table)
     made = translate(table, where, world_size=world_size, stage=shared.get("stage"))
-    if foreign and not {"train_data", "data_dir"} & {*made.options, *shared}:
+    if foreign and not {"train_data", "data_dir", "train_file"} & {*made.options, *shared}:
         raise UserError(
             f"--config {where} has no data: name a file as dataset_path in it, or in [datasets.{name or table['stage_type']}]"
         )
     if foreign:
         made.options |= {"name": str(name), "folder": f"{name}_stage"}
-    if made.options.get("stage", shared.get("stage", "pretrain")) == "pretrain" and "train_data" in made.options:
+    if made.options.get("stage", shared.get("stage", "pretrain")) in TEXT_STAGES and "train_data" in made.options:
         files = made.options.pop("train_data")
         files = files if isinstance(files, list) else [files]
         prepared = len(files) == 1 and (Path(files[0]) / "metadata.json").exists()
-        made.options["data_dir" if prepared else "text_data"] = files
-        if not prepared:
-            made.lines.append("rows of text to pretrain on are made into shards first, in the stage's folder")
+        made.options["data_dir" if prepared else "train_file"] = files
     return made
 
 

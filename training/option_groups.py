@@ -42,6 +42,8 @@ _PRESET_SIZES = ", ".join(f"{name} {size['hidden_size']}x{size['num_layers']}" f
 PRETRAIN, MLM, SFT, REWARD, DPO, GRPO, PPO, CLASSIFY, TAG, ANSWER = (runs_of(stage) for stage in STAGES)
 TEXT_STAGES = ("pretrain", "mlm")
 TEXT = runs_of(*TEXT_STAGES)
+RENAMED = Runs("fine-tuning and --train_file", lambda c: c.stage not in TEXT_STAGES or bool(c.train_file))
+TEXT_FILES = Runs("--train_file", lambda c: bool(c.train_file))
 WINDOWS = (
     TEXT,
     Runs("rows that are windows of the text, as those of --next_sentence are not", lambda c: not c.next_sentence),
@@ -87,12 +89,15 @@ class StageOptions:
 
 @dataclass
 class DataOptions:
-    """Text that data_prep_tool.py has prepared.
+    """Text that data_prep_tool.py has prepared, or files of raw text.
 
     python train.py --data_dir data/mine data/code --data_weights 0.8 0.2 --max_length 1024
     """
 
     data_dir: list[str] = option("folder(s) written by data_prep_tool.py; several are mixed by --data_weights, and validation reads the first. Fine-tuning takes one, of --format sft or preference, in place of --train_data", [])
+    train_file: list[str] = option("files of raw text, or folders of them, in place of --data_dir: prepared into --save_dir/data before the first step, once, as data_prep_tool.py would", [], read_by=TEXT)
+    val_file: list[str] = option("files of raw text to evaluate on (default: held out of --train_file, as data_prep_tool.py does)", [], read_by=TEXT_FILES)
+    tokenizer: str | None = option("of --train_file: gpt2, llama (Llama 3's), bert (uncased), or a folder with a tokenizer.json (default: a byte-level BPE trained on it, with --vocab_size ids or as many as suit its length)", None, read_by=(TEXT_FILES, NEW))
     data_weights: list[float] = option("share of the samples drawn from each --data_dir (default: by their number of tokens)", [], bound=POSITIVE, read_by=TEXT)
     max_length: int | None = option("tokens in a row (default: what the data was prepared with)", None, bound=POSITIVE)
     stride: int | None = option("overlap of neighbouring rows in tokens (default: what the data was prepared with; 0 when --max_length is given)", None, bound=NOT_NEGATIVE, read_by=WINDOWS)
@@ -129,7 +134,7 @@ class ExamplesOptions:
     train_data: list[str] = option("files of examples for fine-tuning: .json, .jsonl, .csv, .tsv, .parquet, also .gz, and CoNLL files for tag; what their columns mean is detected and printed", [])
     eval_data: list[str] = option("files of held-out examples (default: --eval_fraction of --train_data)", [], read_by=FINE_TUNING)
     eval_fraction: float = option("share of --train_data held out where there is no --eval_data; 0 holds none out", 0.02, bound=BELOW_ONE, read_by=(FINE_TUNING, Runs("runs without --eval_data", lambda c: not c.eval_data)))
-    rename_columns: list[str] = option("column=meaning, for columns of other names: question=prompt answer=completion", [], read_by=FINE_TUNING)
+    rename_columns: list[str] = option("column=meaning, for columns of other names: question=prompt answer=completion; of --train_file COLUMN=text", [], read_by=RENAMED)
     train_on: str = option("tokens that are learned in sft: assistant (every answer), last (the last answer) or all", "assistant", choices=("assistant", "last", "all"), read_by=SFT)
     chat_template: str | None = option("chatml, llama3 or a Jinja file (default: the model's own, else chatml)", None, read_by=CHATS)
     add_chat_tokens: bool = option("sft: give the tokenizer the special tokens that the chat template writes and it lacks, and the model rows for them, which learn, with --lora too", False, read_by=SFT)
@@ -242,7 +247,7 @@ class ModelOptions:
 
     model: str | None = option("family of the new model, with the parts and constants of its published ones (default: llama, or qwen3 with --qk_norm)", None, choices=tuple(NEW_MODELS), read_by=NEW)
     preset: str | None = option("sets --hidden_size, --num_layers and --num_heads: " + _PRESET_SIZES, None, choices=tuple(PRESETS), read_by=NEW)
-    vocab_size: int | None = option("must be the tokenizer's, which it defaults to; the weights are padded to a multiple of 128", None, read_by=TEXT)
+    vocab_size: int | None = option("must be the tokenizer's, which it defaults to, or is what --train_file's is trained with; the weights are padded to a multiple of 128", None, read_by=TEXT)
     hidden_size: int = option("width of the residual stream", 768, bound=POSITIVE, read_by=NEW)
     num_layers: int = option("transformer blocks", 12, bound=POSITIVE, read_by=NEW)
     num_heads: int = option("attention heads; must divide --hidden_size (default: those of the preset of that size, else heads of 64, or of 128 where 64 does not divide)", 12, bound=POSITIVE, read_by=NEW)

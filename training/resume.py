@@ -47,7 +47,7 @@ def was_restarted() -> bool:
 
 # the flag that decides each part of a run's data order, where it is not the part's own name
 _FLAGS = {
-    "fingerprints": "--data_dir or --train_data", "weights": "--data_weights", "held_out": "--eval_data",
+    "fingerprints": "--data_dir, --train_data or --tokenizer", "weights": "--data_weights", "held_out": "--eval_data",
     "template": "--chat_template, or the model's own",
 }  # fmt: skip
 
@@ -60,7 +60,8 @@ def check_data_order(saved: dict, now: dict, checkpoint: Path | None) -> None:
     for name, value in now.items():
         if name in saved and saved[name] != value:
             flag = _FLAGS.get(name, f"--{name}")
-            words = "other content than" if name in ("fingerprints", "held_out", "template") else f"{value} instead of"
+            hashed = ("fingerprints", "held_out", "template", "train_file", "val_file")
+            words = "other content than" if name in hashed else f"{value} instead of"
             raise UserError(
                 f"{flag}: {words} {saved[name]}, with which {checkpoint} was trained; give the same data and options, or "
                 "start a new run in another --save_dir"

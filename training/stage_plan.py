@@ -45,8 +45,7 @@ class PlannedStage:
     """title: "stage 2 of 3 (answers)"; folder: "2_answers", below --save_dir; options: what the file sets for it.
 
     own: the options among them that its own table sets, and not the lines above the stages. derived: those that follow from
-    the number of ranks. text_data: files of text rows to pretrain on, which are prepared first. timestamped: --save_dir is where
-    each start of the plan has a folder of its own.
+    the number of ranks. timestamped: --save_dir is where each start of the plan has a folder of its own.
     """
 
     title: str
@@ -55,7 +54,6 @@ class PlannedStage:
     own: frozenset[str]
     is_first: bool = True
     derived: frozenset[str] = frozenset()
-    text_data: tuple[str, ...] = ()
     timestamped: bool = False
 
     @property
@@ -84,7 +82,7 @@ def read_plan(path: str) -> list[PlannedStage]:
         shared["save_dir"] = task_folder
     stages = []
     for number, table in enumerate(tables, start=1):
-        folder, text_data = table.pop("folder", None), table.pop("text_data", ())
+        folder = table.pop("folder", None)
         name = str(table.pop("name", table.get("stage", shared.get("stage", "pretrain"))))
         where = f"{path}, stage {number} ({name})"
         if not _FOLDER_NAME.fullmatch(name):
@@ -101,7 +99,6 @@ def read_plan(path: str) -> list[PlannedStage]:
                 frozenset(options),
                 number == 1,
                 frozenset(derived[number - 1]),
-                tuple(text_data),
                 timestamped,
             )
         )
@@ -146,15 +143,13 @@ def check_plan(stages: list[PlannedStage], flags: dict[str, Any]) -> None:
             )
         if not stage.is_first and config.init_from is None:
             config = replace(config, init_from="the stage before")
-        if stage.text_data:
-            config = replace(config, data_dir=list(stage.text_data))
         try:
             config.validate()
             refuse_unread(config, stage.own)
         except UserError as error:
             raise UserError(f"{stage.title}: {error}") from error
         configs.append(config)
-        for option in ("data_dir", "train_data", "eval_data"):
+        for option in ("data_dir", "train_file", "val_file", "train_data", "eval_data"):
             if missing := [path for path in getattr(config, option) if not Path(path).exists()]:
                 raise UserError(f"{stage.title}: --{option} {missing[0]} does not exist")
     for name in {*flags}.union(*(stage.options.keys() - stage.own for stage in stages)):
