@@ -129,7 +129,7 @@ def outputs(reader: Reader, sequences: SequenceOf[Sequence]) -> list[Tensor]:
     """What the model gives for each token of each sequence: hidden states (n, H), or a task's logits (n, K)."""
     model = reader.model
     longest = max(len(sequence.tokens) for sequence in sequences)
-    # rows no wider than that: learned positions end with the context
+    # rows no wider than that: nothing is compiled, so that few widths would gain nothing
     (batch,) = pack([[one] for one in sequences], max_length=longest, micro_batch_size=len(sequences), fixed_width=True)
     batch = batch.to(next(model.parameters()).device)
     types = token_types(batch) if model.config.type_vocab_size > 1 else None

@@ -91,11 +91,11 @@ def next_command(config: TrainConfig, finished: bool, in_plan: bool) -> str:
         if config.stage == "mlm":
             if config.lora:
                 return "make a model of it and its base with utils.py merge"
-            return f"go on from it with --init_from {config.save_dir}, or open it as an AutoModelForMaskedLM"
+            return f"try: python utils.py predict --checkpoint {config.save_dir} --text 'a text with a [MASK]'"
         if config.stage == "reward":
             return f"give it to --stage ppo or grpo as --reward_model {config.save_dir}"
         if config.stage in TASKS:
-            return f"its checkpoints open with transformers' AutoModelFor{TASKS[config.stage]}"
+            return f"try: python utils.py predict --checkpoint {config.save_dir} --input FILE"
         return f"try: python utils.py chat --checkpoint {config.save_dir}"
     if in_plan:
         return "go on with the same command and --checkpoint latest"
