@@ -153,19 +153,28 @@ def make_data(place: Place) -> Figures:
     text.mkdir()
     documents = [{"text": "\n".join(sentence(9) for _ in range(random.randint(1, 8)))} for _ in range(400)]
     write_lines(text / "documents.jsonl", documents)
-    examples: dict[str, list[dict]] = {"sft": [], "pairs": [], "prompts": []}
+    examples: dict[str, list[dict]] = {"sft": [], "pairs": [], "prompts": [], "texts": [], "words": [], "questions": []}
     for number in range(24):
         prompt = sentence(3 + number % 3)
         examples["sft"].append({"prompt": prompt, "completion": sentence(2 + number % 9)})
         pair = {"chosen": sentence(2 + number % 7), "rejected": sentence(3 + number % 5)}
         examples["pairs"].append({"prompt": prompt, **pair})
         examples["prompts"].append({"prompt": prompt, "answer": str(number)})
+        context = sentence(9).split()
+        examples["texts"].append({"text": prompt, "label": "even" if number % 2 else "odd"})
+        examples["words"].append({"tokens": context, "tags": ["O", "B-X"] * 4 + ["O"]})
+        found = {"text": [context[0]], "answer_start": [0]}
+        examples["questions"].append({"question": prompt, "context": " ".join(context), "answers": found})
     for name, rows in examples.items():
         write_lines(place.work / f"{name}.jsonl", rows)
     length = 64 if place.tiny else 256
     script(
         "data_prep_tool.py --vocab_size 512 --stride 0 --val_fraction 0.1 --num_workers 1",
         "--max_length", length, "--input_dir", text, "--output_dir", place.work / "data",
+    )  # fmt: skip
+    script(
+        "data_prep_tool.py --tokenizer_type wordpiece --vocab_size 512 --stride 0 --val_fraction 0.1 --num_workers 1",
+        "--max_length", length, "--input_dir", text, "--output_dir", place.work / "masked",
     )  # fmt: skip
     return {"documents": len(documents)}
 
@@ -224,16 +233,23 @@ def flags(place: Place, stage: str, mode: str, precision: str) -> str:
     answers += " --max_new_tokens 8 --eval_samples 2"
     given = {
         "pretrain": f"--data_dir {place.work}/data",
+        "mlm": f"--data_dir {place.work}/masked --model modernbert",
+        "classify": f"--train_data {place.work}/texts.jsonl",
+        "tag": f"--train_data {place.work}/words.jsonl",
+        "answer": f"--train_data {place.work}/questions.jsonl --doc_stride 16",
         "sft": f"--train_data {place.work}/sft.jsonl",
         "reward": f"--train_data {place.work}/pairs.jsonl",
         "dpo": f"--train_data {place.work}/pairs.jsonl",
         "grpo": f"{answers} --group_size 4",
         "ppo": f"{answers} --rollout_epochs 1",
     }[stage]
-    from_base = "" if (stage, mode) == ("pretrain", "") else f"--init_from {place.work}/base"
+    if stage == "mlm" and mode:
+        raise Skipped("no encoder is made here to put adapters on")
+    from_base = "" if (stage, mode) in (("pretrain", ""), ("mlm", "")) else f"--init_from {place.work}/base"
     if not from_base:  # from nothing, with the shape of the base: Muon too is first tried here
-        size = (64, 2, 1) if place.tiny else (256, 4, 2)
-        from_base = "--num_layers 2 --hidden_size {} --num_heads {} --num_kv_heads {}".format(*size)
+        size = (64, 2) if place.tiny else (256, 4)
+        from_base = "--num_layers 2 --hidden_size {} --num_heads {}".format(*size)
+        from_base += f" --num_kv_heads {size[1] // 2}" if stage == "pretrain" else ""
     return f"--stage {stage} {from_base} {given} {MODES[mode]} --mixed_precision {precision} --device {place.device}"
 
 

@@ -120,7 +120,7 @@ def test_adapters_learn_and_are_merged(place, bits):
         with torch.no_grad():
             expected = beside.logits(beside(ids))
             torch.testing.assert_close(
-                ours.logits(ours(ids)), expected, atol=2e-5 * expected.abs().max().item(), rtol=0
+                ours.logits(ours(ids)), expected, atol=1e-4 * expected.abs().max().item(), rtol=0
             )
         return
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
