@@ -110,14 +110,13 @@ class Transformer(nn.Module):
     ) -> Any:
         """Hidden states (B, T, H) after the final norm, for input_ids (B, T) int64.
 
-        With with_routing (those, what each layer's router did: a list of experts.Routing).
-
         positions (B, T) or (1, T): each token's place in its document; by default counted from the last boundary of
         cu_seqlens, or from the cache's length.
         cu_seqlens (num_docs + 1,) int32: documents packed into the flattened B*T tokens, each row's start included;
         attention does not cross them. max_seqlen bounds their lengths (default T).
         cache: holds the tokens before these ones; it takes in these ones. Not together with cu_seqlens.
         token_types (B, T) int64: of models that tell segments apart; 0 by default.
+        with_routing: the result is (hidden states, what each layer's router did: a list of experts.Routing).
         """
         batch, length = input_ids.shape
         past = 0 if cache is None else cache.length
