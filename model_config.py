@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from errors import UserError
-from families.common import REQUIRED
+from families.common import FULL, REQUIRED, SLIDING
 from families.names import read_config, write_config
 from kernels.rotary import check_rotary_width, checked_scaling
 
 _DERIVED: Any = None  # a field's default that __post_init__ replaces by what follows from the others
-FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers
 _VALUES = {
     "position_embedding": ("rotary", "learned"),
     "norm": ("rms", "layer"),
@@ -151,14 +150,17 @@ class ModelConfig:
 
     def _check_family(self) -> None:
         """UserError for a field whose value the family's folder cannot say: it would be lost in a checkpoint."""
-        kept: dict[str, Any] = {field.name: field.default for field in fields(self)} | read_config(
-            write_config(asdict(self), "float32")
-        )
+        derived = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+        }
+        kept: dict[str, Any] = {field.name: field.default for field in fields(self)}
+        kept |= read_config(write_config(asdict(self), "float32"))
+        if kept["rope_scaling"] is not None:
+            kept["rope_scaling"] = checked_scaling(kept["rope_scaling"], self.max_position_embeddings)
         for name, value in asdict(self).items():
-            found = kept[name]
-            if name == "rope_scaling" and found is not None:
-                found = checked_scaling(found, self.max_position_embeddings)
-            if found != value and not (_not_given(found) and name in ("num_key_value_heads", "head_dim")):
+            found = derived.get(name) if _not_given(kept[name]) else kept[name]
+            if found != value:
                 raise UserError(
                     f"{name} is {value!r}, which the folder of a {self.family} cannot say: there it is {found!r}"
                 )

@@ -29,6 +29,10 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def part(self, count: int) -> slice:
+        """This rank's contiguous part of `count` things."""
+        return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over all ranks of host numbers, in float64 on the CPU: no device has to wait for it."""
         if self.world_size == 1:

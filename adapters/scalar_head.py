@@ -1,7 +1,7 @@
 """How does a language model give a score instead of a word? One number a token, from the last hidden state.
 
 `RewardModel` is the transformer with `score`, a matrix of one row, in place of the head. Its folder is that of
-transformers' LlamaForSequenceClassification (or Qwen3's) with one label.
+the family's …ForSequenceClassification in transformers, with one label.
 
 transformers reads the score at the last token that is not config.pad_token_id, and pads with its tokenizer's pad token. So
 both must be the same, and one that ends no sequence, which many models' is not: `padding_token` chooses it.

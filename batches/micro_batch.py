@@ -43,6 +43,19 @@ class MicroBatch:
         assert self.last_tokens is not None, "these rows are not packed sequences"
         return len(self.last_tokens)
 
+    @property
+    def first_tokens(self) -> Tensor:
+        """(sequences,) int64, where each begins in the flattened B·T tokens; of packed sequences only."""
+        assert self.last_tokens is not None, "these rows are not packed sequences"
+        return self.last_tokens - self.positions.flatten()[self.last_tokens]
+
+    @property
+    def places(self) -> list[slice]:
+        """Where each sequence stands in the flattened B·T tokens; of packed sequences only."""
+        assert self.last_tokens is not None, "these rows are not packed sequences"
+        bounds = zip(self.first_tokens.tolist(), self.last_tokens.tolist(), strict=True)
+        return [slice(first, last + 1) for first, last in bounds]
+
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`; to CUDA through pinned memory, so that the copy overlaps with computing."""
         if device.type == "cpu":

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from families.common import DEFAULTS, REQUIRED, read_activation, read_shape, with_prefix, write_activation, write_shape
+from families.common import (
+    DEFAULTS_UNGROUPED,
+    REQUIRED,
+    read_activation,
+    read_shape,
+    with_prefix,
+    write_activation,
+    write_shape,
+)
 
 CLASS, ARCHITECTURE = "Bert", "BertForMaskedLM"
 _EMBEDDINGS, _LAYER = "bert.embeddings", "bert.encoder.layer.N"
@@ -28,7 +36,7 @@ NAMES = {
 TRANSPOSED: frozenset[str] = frozenset()
 EXPERTS = None
 RENAMED = {"rms_norm_eps": "layer_norm_eps"}
-ENCODER_DEFAULTS = {name: DEFAULTS[name] for name in DEFAULTS if name not in ("num_key_value_heads", "head_dim")} | {
+ENCODER_DEFAULTS = DEFAULTS_UNGROUPED | {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-12,
     "tie_word_embeddings": True,

@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+# of families whose folders say neither: a key head for each query head, and heads that share the width
+DEFAULTS_UNGROUPED = {name: DEFAULTS[name] for name in DEFAULTS if name not in ("num_key_value_heads", "head_dim")}
 # the config's name of an activation → the model's
 _ACTIVATIONS = {
     "silu": "silu",
@@ -41,7 +43,6 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
-_KEEP_THEIR_CONTEXT = {*STRETCHED_FROM, "longrope"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- shape
@@ -90,8 +91,8 @@ def read_shape(
     for name, value in {**fixed, "quantization_config": None}.items():
         if config.get(name, value) != value and config[name] is not None:
             raise UserError(f"config.json: {name} is {config[name]!r}; only {value!r} can be loaded")
-    for name in never_null:
-        _refuse_null(config, name)
+    for name in ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", *never_null):
+        _refuse_null(config, named.get(name, name))
     return defaults | {name: config[theirs] for name, theirs in named.items() if theirs in config}
 
 
@@ -138,6 +139,14 @@ def read_attention_bias(config: dict) -> dict[str, Any]:
     return {"qkv_bias": bias, "output_bias": bias}
 
 
+def read_count(config: dict, name: str, assumed: int, least: int = 1) -> int:
+    """A whole number of at least `least`."""
+    value = config.get(name, assumed)
+    if not isinstance(value, int) or value < least:
+        raise UserError(f"config.json: {name} is {value!r}; it must be a whole number of at least {least}")
+    return value
+
+
 def read_number(config: dict, names: tuple[str, ...], assumed: Any) -> Any:
     """The value of a field that has more than one name in config.json, which must agree."""
     found = {config[name] for name in names if config.get(name) is not None}
@@ -148,7 +157,7 @@ def read_number(config: dict, names: tuple[str, ...], assumed: Any) -> Any:
 
 def _refuse_null(config: dict, name: str) -> None:
     if name in config and config[name] is None:
-        raise UserError(f"config.json: {name} is null; give it a number, or leave the field out")
+        raise UserError(f"config.json: {name} is null; give it a value, or leave the field out")
 
 
 # --------------------------------------------------------------------------------------------------- kinds of layers
@@ -198,7 +207,7 @@ def read_rope(config: dict, assumed: float = 10000.0, partial: bool = False) -> 
         scaling.pop(name, None)
     if not partial and turned not in (None, 1.0):
         raise UserError("config.json: partial_rotary_factor is not 1, which cannot be loaded")
-    if original is not None and kind in _KEEP_THEIR_CONTEXT:
+    if original is not None and kind in STRETCHED_FROM:
         scaling["original_max_position_embeddings"] = original
     return {
         "rope_theta": assumed if theta is None else float(theta),
@@ -275,6 +284,4 @@ def with_prefix(name: str, prefix: str, children: tuple[str, ...]) -> str:
 
 def canonical_llama(name: str) -> str | None:
     """`canonical` of the families that name their tensors as Llama does."""
-    if name.endswith("rotary_emb.inv_freq"):  # saved by transformers before 4.32; it follows from the config
-        return None
     return with_prefix(name, "model.", ("embed_tokens.", "layers.", "norm."))

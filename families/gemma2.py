@@ -24,7 +24,7 @@ NAMES: dict[str, str] = {}
 TRANSPOSED: frozenset[str] = frozenset()
 EXPERTS = None
 canonical = canonical_llama
-_DEFAULTS = DEFAULTS | {
+DEFAULTS_OF_GEMMA = DEFAULTS | {
     "num_key_value_heads": 4,
     "head_dim": 256,
     "max_position_embeddings": 8192,
@@ -38,7 +38,7 @@ _FIXED = {"use_bidirectional_attention": False}
 
 def read(config: dict) -> dict[str, Any]:
     """ModelConfig's fields from config.json. Raises UserError, naming the field."""
-    fields = read_gemma(config, _DEFAULTS, _FIXED) | read_rope(config)
+    fields = read_gemma(config, DEFAULTS_OF_GEMMA, _FIXED) | read_rope(config)
     every_second = [FULL if i % 2 else SLIDING for i in range(config["num_hidden_layers"])]
     return fields | {
         "layer_types": read_layer_types(config, every_second, fields["sliding_window"]),

@@ -4,30 +4,22 @@ from typing import Any
 
 from errors import UserError
 from families.common import (
-    DEFAULTS,
     FULL,
     SLIDING,
     canonical_llama,
+    read_count,
     read_layer_types,
     read_layered_rope,
     write_layered_rope,
 )
-from families.gemma2 import read_gemma, write_gemma
+from families.gemma2 import DEFAULTS_OF_GEMMA, read_gemma, write_gemma
 
 CLASS, ARCHITECTURE = "Gemma3Text", "Gemma3ForCausalLM"
 NAMES: dict[str, str] = {}
 TRANSPOSED: frozenset[str] = frozenset()
 EXPERTS = None
 canonical = canonical_llama
-_DEFAULTS = DEFAULTS | {
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+_DEFAULTS = DEFAULTS_OF_GEMMA | {"max_position_embeddings": 131072}
 # transformers keeps attn_logit_softcapping and never applies it
 _FIXED = {"use_bidirectional_attention": False, "attn_logit_softcapping": None}
 _BASES = ("rope_theta", "rope_local_base_freq")
@@ -40,9 +32,7 @@ def read(config: dict) -> dict[str, Any]:
     """
     fields = read_gemma(config, _DEFAULTS, _FIXED)
     full, local_theta = read_layered_rope(config, *_BASES, (1000000.0, 10000.0))
-    pattern = config.get("sliding_window_pattern", 6)
-    if not isinstance(pattern, int) or pattern < 1:
-        raise UserError(f"config.json: sliding_window_pattern is {pattern!r}; it must be a whole number of at least 1")
+    pattern = read_count(config, "sliding_window_pattern", 6)
     patterned = [SLIDING if (i + 1) % pattern else FULL for i in range(config["num_hidden_layers"])]
     kinds = read_layer_types(config, patterned, fields["sliding_window"])
     if "sliding_window_pattern" in config and kinds != patterned:

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from families.common import DEFAULTS, REQUIRED, read_activation, read_shape, with_prefix, write_activation, write_shape
+from families.common import (
+    DEFAULTS_UNGROUPED,
+    REQUIRED,
+    read_activation,
+    read_shape,
+    with_prefix,
+    write_activation,
+    write_shape,
+)
 
 CLASS, ARCHITECTURE = "GPT2", "GPT2LMHeadModel"
 _LAYER = "transformer.h.N"
@@ -35,7 +43,7 @@ _RENAMED = {
     "max_position_embeddings": "n_positions",
     "rms_norm_eps": "layer_norm_epsilon",
 }
-_DEFAULTS = {name: DEFAULTS[name] for name in DEFAULTS if name not in ("num_key_value_heads", "head_dim")} | {
+_DEFAULTS = DEFAULTS_UNGROUPED | {
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,

@@ -5,13 +5,14 @@ from typing import Any
 from errors import UserError
 from families.bert import named_class, read_heads
 from families.common import (
-    DEFAULTS,
+    DEFAULTS_UNGROUPED,
     FULL,
     REQUIRED,
     SLIDING,
     layer_types,
     read_activation,
     read_attention_bias,
+    read_count,
     read_layer_types,
     read_layered_rope,
     read_shape,
@@ -37,7 +38,7 @@ NAMES = {
 TRANSPOSED: frozenset[str] = frozenset()
 EXPERTS = None
 _RENAMED = {"rms_norm_eps": "norm_eps"}
-_DEFAULTS = {name: DEFAULTS[name] for name in DEFAULTS if name not in ("num_key_value_heads", "head_dim")} | {
+_DEFAULTS = DEFAULTS_UNGROUPED | {
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
@@ -62,7 +63,7 @@ def read(config: dict) -> dict[str, Any]:
     activation = read_activation(config, "hidden_activation", "gelu")
     if read_activation(config, "classifier_activation", "gelu") != activation:
         raise UserError("config.json: classifier_activation is not hidden_activation, which cannot be loaded")
-    window = config.get("local_attention", 128) // 2 + 1
+    window = read_count(config, "local_attention", 128, least=0) // 2 + 1
     return {
         **fields,
         **full,
@@ -112,7 +113,7 @@ def write(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def canonical(name: str) -> str | None:
     """The tensor's name in a folder of today. The head's matrix, tied, may be there under a second name."""
-    if name == "decoder.weight" or name.endswith("rotary_emb.inv_freq"):
+    if name == "decoder.weight":
         return None
     return with_prefix(name, "model.", ("embeddings.", "layers.", "final_norm."))
 
@@ -128,11 +129,7 @@ def _every(interval: int, count: int) -> list[str]:
 
 def _kinds(config: dict, window: int) -> list[str]:
     """The kind of each layer. Version 4 can only write a pattern, so that nothing else is loaded."""
-    count, interval = config["num_hidden_layers"], config.get("global_attn_every_n_layers", 3)
-    if not isinstance(interval, int) or interval < 1:
-        raise UserError(
-            f"config.json: global_attn_every_n_layers is {interval!r}; it must be a whole number of at least 1"
-        )
+    count, interval = config["num_hidden_layers"], read_count(config, "global_attn_every_n_layers", 3)
     kinds = read_layer_types(config, _every(interval, count), window)
     if kinds != _every(_interval(kinds), count):
         raise UserError(

@@ -20,13 +20,13 @@ NEW_MODELS = {
 }
 ENCODERS = ("bert", "modernbert")
 MIXTURES = ("mixtral", "qwen3_moe")
-# where published models differ from what transformers assumes of a config.json that is silent
+# where published models differ from what transformers assumes of a silent config.json; router_aux_loss_coef is our own
 _USUAL: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-5},
-    "mistral": {"rms_norm_eps": 1e-5, "sliding_window": 4096},
+    "mistral": {"rms_norm_eps": 1e-5},
     "qwen3": {"rope_theta": 1e6},
     "gemma3_text": {"sliding_window": 512},
-    "olmo2": {"rope_theta": 5e5},
+    "olmo2": {"rope_theta": 5e5, "rms_norm_eps": 1e-6},
     "mixtral": {"router_aux_loss_coef": 0.01},
     "qwen3_moe": {"rope_theta": 1e6, "normalise_routing": True, "router_aux_loss_coef": 0.01},
 }

@@ -28,7 +28,7 @@ def read(config: dict) -> dict[str, Any]:
     long_factor hold a number for each of the D · partial_rotary_factor / 2 rotated pairs; factor is by default
     max_position_embeddings / original_max_position_embeddings.
     """
-    fields = read_shape(config, _DEFAULTS, _FIXED)
+    fields = read_shape(config, _DEFAULTS, _FIXED, never_null=("original_max_position_embeddings",))
     # transformers takes this for the context before stretching, whatever rope_parameters say
     fields |= read_rope({"original_max_position_embeddings": 4096} | config, partial=True)
     if fields["rope_scaling"] is not None:

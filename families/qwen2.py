@@ -8,6 +8,7 @@ from families.common import (
     SLIDING,
     canonical_llama,
     layer_types,
+    read_count,
     read_layer_types,
     read_rope,
     read_shape,
@@ -30,7 +31,7 @@ def read(config: dict) -> dict[str, Any]:
     """
     fields = read_shape(config, _DEFAULTS, _FIXED) | read_rope(config) | {"qkv_bias": True}
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    first = config.get("max_window_layers", 28) if window is not None else config["num_hidden_layers"]
+    first = read_count(config, "max_window_layers", 28, least=0) if window is not None else config["num_hidden_layers"]
     kinds = read_layer_types(
         config, [SLIDING if i >= first else FULL for i in range(config["num_hidden_layers"])], window
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from errors import UserError
-from families.common import canonical_llama, read_attention_bias, read_common, read_number, write_common
+from families.common import canonical_llama, read_attention_bias, read_common, read_count, read_number, write_common
 
 CLASS, ARCHITECTURE = "Qwen3Moe", "Qwen3MoeForCausalLM"
 NAMES: dict[str, str] = {}
@@ -24,9 +24,7 @@ def read(config: dict) -> dict[str, Any]:
     count = read_number(config, _COUNT, 128)
     if count < 1:
         raise UserError(f"config.json: num_experts is {count}; a model without experts is a qwen3")
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    if not isinstance(step, int) or step < 1:
-        raise UserError(f"config.json: decoder_sparse_step is {step!r}; it must be a whole number of at least 1")
+    step, dense = read_count(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return {
         **fields,
         **read_attention_bias(config),

@@ -10,6 +10,7 @@ from families.common import (
     canonical_llama,
     layer_types,
     read_attention_bias,
+    read_count,
     read_layer_types,
     read_rope,
     read_shape,
@@ -75,7 +76,5 @@ def _rotated(config: dict, count: int) -> list[bool]:
                 f"config.json: no_rope_layers has {len(given)} entries for {count} layers; give one a layer"
             )
         return [bool(turned) for turned in given[:count]]
-    interval = config.get("no_rope_layer_interval", 4)
-    if not isinstance(interval, int) or interval < 1:
-        raise UserError(f"config.json: no_rope_layer_interval is {interval!r}; it must be a whole number of at least 1")
+    interval = read_count(config, "no_rope_layer_interval", 4)
     return [(i + 1) % interval != 0 for i in range(count)]

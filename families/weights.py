@@ -21,14 +21,6 @@ def stored_path(family: str, path: str) -> str:
     return stored if found is None else stored.replace(".N.", f".{found.group()}.", 1)
 
 
-def own_path(family: str, stored: str) -> str:
-    """The model's name of a module that the folder calls `stored`."""
-    found = _LAYER.search(stored)
-    pattern = stored if found is None else f"{stored[: found.start()]}N{stored[found.end() :]}"
-    own = {theirs: ours for ours, theirs in FAMILIES[family].NAMES.items()}.get(pattern, pattern)
-    return own if found is None else own.replace(".N.", f".{found.group()}.", 1)
-
-
 def is_transposed(family: str, path: str) -> bool:
     """Whether the folder stores the weight of the model's module `path` as (in, out)."""
     return _LAYER.sub("N", path, count=1) in FAMILIES[family].TRANSPOSED

@@ -21,7 +21,7 @@ from batches.packing import Sequence
 from dataprep.tokenizers import Tokenizer
 from errors import UserError
 from finetune_data.task_layout import Layout
-from finetune_data.task_rows import Rows, WrongRowError, convert_rows, read_task_rows, text_in
+from finetune_data.task_rows import Rows, WrongRowError, convert_rows, no_column, read_task_rows, text_in
 
 START, END = "start", "end"  # the columns of a window: the places of the answer's first and last token
 
@@ -63,10 +63,7 @@ def read_questions(paths: SequenceOf[str | Path], *, rename: dict[str, str] | No
         rows = _questions_of_articles(path, read_task_rows(path, rename or {}))
         columns = {column: None for _, row in rows if isinstance(row, dict) for column in row}
         if missing := [name for name in ("question", "context", "answers") if name not in columns]:
-            raise UserError(
-                f"{path} has the columns {', '.join(columns)}; --rename_columns can say which is {missing[0]}, such as "
-                f"{next(iter(columns), 'column')}={missing[0]}"
-            )
+            raise no_column(path, columns, missing[0])
         found, left_out = convert_rows(path, rows, partial(_question, path))
         unanswered = sum(not example.answers for example in found)
         report += [f"{path}: {len(found)} questions, {unanswered} of them without an answer", *left_out]
@@ -148,11 +145,11 @@ class Window:
 class EncodedQuestions:
     """The windows of each question, in order.
 
-    cut_questions: how many were cut to max_question_length. hidden: how many have an answer that no window shows whole.
+    cut_questions: whether each was cut to max_question_length. hidden: how many have an answer that no window shows whole.
     """
 
     windows: list[list[Window]]
-    cut_questions: int
+    cut_questions: list[bool]
     hidden: int
 
 
@@ -174,9 +171,8 @@ def encode_questions(
     encoded = dict(zip(contexts, tokenizer.encode_batch_with_offsets(contexts), strict=True))
     trimmed = {context: _trimmed(context, offsets) for context, (_, offsets) in encoded.items()}
     asked = tokenizer.encode_batch_with_offsets([example.question for example in examples])
-    made, cut, hidden = [], 0, 0
+    made, hidden = [], 0
     for example, (question, _) in zip(examples, asked, strict=True):
-        cut += len(question) > max_question_length
         question = question[:max_question_length]
         room = layout.room(max_length, pair=True) - len(question)
         if not 0 <= doc_stride < room:
@@ -192,7 +188,7 @@ def encode_questions(
         ]
         hidden += bool(example.answers) and all(window.sequence.columns[END] == window.null for window in windows)
         made.append(windows)
-    return EncodedQuestions(made, cut, hidden)
+    return EncodedQuestions(made, [len(question) > max_question_length for question, _ in asked], hidden)
 
 
 def _parts(length: int, room: int, stride: int) -> list[tuple[int, int]]:

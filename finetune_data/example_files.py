@@ -45,19 +45,20 @@ def read_rows(path: Path) -> list[Row]:
         return _read_parquet(path)
     if kind not in ("json", "jsonl", "csv", "tsv"):
         raise UserError(f"{path} is of no kind that holds examples: .json, .jsonl, .csv, .tsv (also .gz) or .parquet")
+    if kind == "jsonl":
+        return rows_of_lines(read_text(path, errors="surrogateescape"))
+    text = read_text(path)
+    return _read_json(path, text) if kind == "json" else _read_table(path, text, "\t" if kind == "tsv" else ",")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """What a file (also .gz) in UTF-8, or in UTF-16 with its mark, says. Raises UserError."""
     try:
-        data = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
+        data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{path} is broken gzip; make it again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if kind == "jsonl":
-        return rows_of_lines(_text_of(path, data, errors="surrogateescape"))
-    text = _text_of(path, data)
-    return _read_json(path, text) if kind == "json" else _read_table(path, text, "\t" if kind == "tsv" else ",")
-
-
-def _text_of(path: Path, data: bytes, errors: str = "strict") -> str:
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16") if wide else data.decode("utf-8-sig", errors)

@@ -27,7 +27,7 @@ from batches.packing import Sequence
 from dataprep.tokenizers import Tokenizer
 from errors import UserError
 from finetune_data.example_files import type_in_words
-from finetune_data.task_layout import Layout, cut_longest_first
+from finetune_data.task_layout import Layout, ids_of
 from finetune_data.task_rows import (
     Rows,
     WrongRowError,
@@ -35,8 +35,10 @@ from finetune_data.task_rows import (
     in_label_order,
     is_whole,
     label_id,
+    no_column,
     read_lines,
     read_task_rows,
+    stored_name,
     stored_names,
     text_in,
 )
@@ -64,12 +66,14 @@ Label = int | tuple[int, ...] | tuple[float, ...]
 class Labels:
     """What is to be predicted. names: of the classes, in the order of their ids; none in a regression.
 
-    num_outputs: classes, or figures of a regression. Where it is given to `read_labelled`, what is empty is found.
+    num_outputs: classes, or figures of a regression. flags: several labels are said as a list of 0 and 1, one for each.
+    Where it is given to `read_labelled`, what is empty is found.
     """
 
     kind: str = ""
     names: tuple[str, ...] = ()
     num_outputs: int = 0
+    flags: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,16 +122,14 @@ def read_labelled(
         raise UserError(f"labels of kind {wanted.kind!r} are not known; choose {', '.join(KINDS)}")
     rows: list[_Row] = []
     report: list[str] = []
-    columns = ""
     for path in map(Path, paths):
         found, columns, names, left_out = _read_file(path, rename or {})
         if names and not wanted.names:
             wanted = replace(wanted, names=names)
-        rows += found
+        rows += _with_lists(found, is_several=columns.endswith("labels"))
         report += [f"{path}: {len(found)} examples ({columns})", *left_out]
     if not rows:
         raise UserError("no file of labelled texts is named; name at least one")
-    rows = _with_lists(rows, is_several=columns.endswith("labels"))
     kind = wanted.kind or _kind_of(rows)
     if kind == "regression":
         labels, values = _figures(rows, wanted)
@@ -153,11 +155,8 @@ def _read_file(path: Path, rename: dict[str, str]) -> tuple[list[_Row], str, tup
     label = next((name for name in _LABELS if name in present), None)
     if texts is None or label is None:
         missing = "text (or text_a and text_b)" if texts is None else "label"
-        raise UserError(
-            f"{path} has the columns {', '.join(present)}; --rename_columns can say which is {missing}, such as "
-            f"{next(iter(present), 'column')}={missing.split()[0]}"
-        )
-    names = stored_names(path, next((theirs for theirs, ours in rename.items() if ours == label), label))
+        raise no_column(path, present, missing)
+    names = stored_names(path, label, rename)
 
     def convert(number: int, row: dict[str, Any]) -> _Row:
         first, *second = (text_in(row, column) for column in texts)
@@ -166,7 +165,7 @@ def _read_file(path: Path, rename: dict[str, str]) -> tuple[list[_Row], str, tup
             raise WrongRowError(f"no {label}")
         if names and value == -1:  # what `datasets` writes for a class that nobody knows
             raise WrongRowError(f"{label} -1, which is that of unlabelled rows")
-        return _Row(first, second[0] if second else None, value, f"{path}:{number}")
+        return _Row(first, second[0] if second else None, stored_name(value, names), f"{path}:{number}")
 
     found, left_out = convert_rows(path, rows, convert)
     return found, ", ".join((*texts, label)), names, left_out
@@ -199,12 +198,13 @@ def _labelled_lines(path: Path) -> Rows:
     lines = [(number, line) for number, line in enumerate(read_lines(path), start=1) if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty")
-    if lines[0][1].startswith(_FASTTEXT):
+    if any(word.startswith(_FASTTEXT) for word in lines[0][1].split()):
         parts = [(number, line.split()) for number, line in lines]
         marks = [(n, [word for word in words if word.startswith(_FASTTEXT)], words) for n, words in parts]
         several = any(len(names) != 1 for _, names, _ in marks)
         return [
-            (n, {"text": " ".join(words[len(names) :]), **_fasttext_label(names, several)}) for n, names, words in marks
+            (n, {"text": " ".join(word for word in words if word not in names), **_fasttext_label(names, several)})
+            for n, names, words in marks
         ]
     pairs = [(number, line.split(maxsplit=1)) for number, line in lines]
     if len({pair[0] for _, pair in pairs}) > max(2, len(pairs) / 2):
@@ -288,12 +288,14 @@ def _one_class_each(rows: list[_Row], wanted: Labels) -> tuple[Labels, list[Labe
 
 def _classes_of_each(rows: list[_Row], wanted: Labels) -> tuple[Labels, list[Label]]:
     lists = [row.value if isinstance(row.value, list) else [row.value] for row in rows]
-    width = _multi_hot_width(lists)
+    width = _multi_hot_width(lists, wanted.num_outputs if wanted.flags else 0)
     if width and len(wanted.names or range(width)) != width:
         raise UserError(f"{rows[0].source} says 0 or 1 of {width} labels, but {len(wanted.names)} are named")
     if width:
         known = wanted.names or tuple(map(str, range(width)))
-        return Labels("multi", known, width), [tuple(i for i, one in enumerate(held) if one) for held in lists]
+        return Labels("multi", known, width, flags=True), [
+            tuple(i for i, one in enumerate(held) if one) for held in lists
+        ]
     names = [[_name(row.source, one) for one in held] for row, held in zip(rows, lists, strict=True)]
     known = wanted.names or in_label_order({name for held in names for name in held})
     ids: list[Label] = [
@@ -303,13 +305,16 @@ def _classes_of_each(rows: list[_Row], wanted: Labels) -> tuple[Labels, list[Lab
     return Labels("multi", known, len(known)), ids
 
 
-def _multi_hot_width(lists: list[list[Any]]) -> int:
-    """The labels of lists that say 0 or 1 of each; 0 for lists of ids, which differ in length or name none twice."""
+def _multi_hot_width(lists: list[list[Any]], wanted: int) -> int:
+    """The labels of lists that say 0 or 1 of each; 0 for lists of ids, which differ in length or name none twice.
+
+    wanted: how many labels the lists that were learned from spoke of, if these did so; 0 where that is not known.
+    """
     width = len(lists[0])
     flags = all(
         len(held) == width and all(isinstance(one, int | float) and one in (0, 1) for one in held) for held in lists
     )
-    return width if flags and any(len(set(held)) < width for held in lists) else 0
+    return width if flags and (width == wanted or any(len(set(held)) < width for held in lists)) else 0
 
 
 def _figures(rows: list[_Row], wanted: Labels) -> tuple[Labels, list[Label]]:
@@ -345,22 +350,15 @@ def encode_labelled(
     tokenizer: Tokenizer, layout: Layout, examples: SequenceOf[LabelledText], labels: Labels, *, max_length: int
 ) -> EncodedTexts:
     """Examples as sequences of at most max_length tokens, the starts of texts kept; of a pair the longer is cut first."""
-    firsts = tokenizer.encode_batch_with_offsets([example.text for example in examples])
-    seconds = iter(
-        tokenizer.encode_batch_with_offsets([example.second for example in examples if example.second is not None])
-    )
-    sequences, truncated = [], 0
-    for example, (first, _) in zip(examples, firsts, strict=True):
-        room = layout.room(max_length, pair=example.second is not None)
-        columns = _columns(example, labels)
-        if example.second is None:
-            truncated += len(first) > room
-            sequences.append(layout.sequence(first[:room], columns=columns))
-        else:
-            second, _ = next(seconds)
-            truncated += len(first) + len(second) > room
-            sequences.append(layout.sequence(*cut_longest_first(first, second, room), columns))
-    return EncodedTexts(sequences, truncated)
+    firsts = tokenizer.encode_batch([example.text for example in examples])
+    of_pairs = iter(tokenizer.encode_batch([example.second for example in examples if example.second is not None]))
+    seconds = [None if example.second is None else ids_of(next(of_pairs)) for example in examples]
+    framed, cut = layout.framed([ids_of(one) for one in firsts], seconds, max_length)
+    sequences = [
+        replace(sequence, columns=sequence.columns | _columns(example, labels))
+        for sequence, example in zip(framed, examples, strict=True)
+    ]
+    return EncodedTexts(sequences, sum(cut))
 
 
 def _columns(example: LabelledText, labels: Labels) -> dict[str, float]:

@@ -28,8 +28,10 @@ from finetune_data.task_rows import (
     convert_rows,
     in_label_order,
     label_id,
+    no_column,
     read_lines,
     read_task_rows,
+    stored_name,
     stored_names,
 )
 
@@ -127,12 +129,8 @@ def _read_rows(path: Path, rename: dict[str, str]) -> tuple[list[_Row], tuple[st
     words = next((name for name in WORDS if name in present), None)
     tags = next((name for name in _TAGS if name in present), None)
     if words is None or tags is None:
-        missing = "tokens" if words is None else "tags"
-        raise UserError(
-            f"{path} has the columns {', '.join(present)}; --rename_columns can say which is {missing}, such as "
-            f"{next(iter(present))}={missing}"
-        )
-    stored = stored_names(path, next((theirs for theirs, ours in rename.items() if ours == tags), tags))
+        raise no_column(path, present, "tokens" if words is None else "tags")
+    stored = stored_names(path, tags, rename)
 
     def convert(number: int, row: dict[str, Any]) -> _Row:
         held, marks = row.get(words), row.get(tags)
@@ -154,9 +152,7 @@ def _read_rows(path: Path, rename: dict[str, str]) -> tuple[list[_Row], tuple[st
 def _tag(path: Path, number: int, mark: Any, stored: tuple[str, ...]) -> str:
     if isinstance(mark, bool) or not isinstance(mark, str | int):
         raise UserError(f"{path}:{number} has {type_in_words(mark)} as a tag; give a name or an integer")
-    if isinstance(mark, int) and 0 <= mark < len(stored):
-        return stored[mark]
-    return str(mark)
+    return str(stored_name(mark, stored))
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------
@@ -166,12 +162,12 @@ def _tag(path: Path, number: int, mark: Any, stored: tuple[str, ...]) -> str:
 class EncodedSentences:
     """A sequence for each sentence, in order, and the place in it of each word's first piece, (words,) int32, -1 for none.
 
-    truncated: sentences that were cut. words_without_place: words that were cut off, or of which the tokenizer leaves nothing.
+    truncated: whether each was cut. words_without_place: words that were cut off, or of which the tokenizer leaves nothing.
     """
 
     sequences: list[Sequence]
     places: list[np.ndarray]
-    truncated: int
+    truncated: list[bool]
     words_without_place: int
 
 
@@ -186,9 +182,8 @@ def encode_tagged(
     layout = layout.closed
     room = layout.room(max_length, pair=False)
     encoded = tokenizer.encode_batch_with_offsets([" ".join(example.words) for example in examples])
-    sequences, places, truncated = [], [], 0
+    sequences, places = [], []
     for example, (ids, offsets) in zip(examples, encoded, strict=True):
-        truncated += len(ids) > room
         first = _first_pieces(example.words, offsets[:room])
         first[first >= 0] += len(layout.before)
         length = len(layout.before) + min(len(ids), room) + len(layout.after)
@@ -197,7 +192,7 @@ def encode_tagged(
         sequences.append(layout.sequence(ids[:room], token_columns={TAG: marks}))
         places.append(first)
     missing = sum(int((first < 0).sum()) for first in places)
-    return EncodedSentences(sequences, places, truncated, missing)
+    return EncodedSentences(sequences, places, [len(ids) > room for ids, _ in encoded], missing)
 
 
 def _first_pieces(words: SequenceOf[str], offsets: np.ndarray) -> np.ndarray:
@@ -217,6 +212,11 @@ def batch_tags(batch: MicroBatch) -> Tensor:
     """(B, T) int64: the tag of each token that is a word's first piece, IGNORE_INDEX for the others."""
     marks = batch.token_columns[TAG].long()
     return (marks - 1).masked_fill(marks == 0, IGNORE_INDEX)
+
+
+def outside(names: SequenceOf[str]) -> int:
+    """The id of the tag of words that are nothing; -1 where there is none."""
+    return names.index("O") if "O" in names else -1
 
 
 def word_tags(predicted: np.ndarray, places: np.ndarray, *, missing: int) -> np.ndarray:

@@ -53,6 +53,28 @@ class Layout:
             raise UserError(f"--max_length {max_length} has no room for text beside the special tokens; raise it")
         return room
 
+    def framed(
+        self, firsts: SequenceOf[np.ndarray], seconds: SequenceOf[np.ndarray | None], max_length: int
+    ) -> tuple[list[Sequence], list[bool]]:
+        """(a sequence of at most max_length tokens for each text or pair, whether it was cut).
+
+        The starts of texts are kept; of a pair the longer is cut first. A text of which no token is left is the
+        end-of-text token.
+        """
+        sequences, cut = [], []
+        for first, second in zip(firsts, seconds, strict=True):
+            room = self.room(max_length, pair=second is not None)
+            cut.append(len(first) + (0 if second is None else len(second)) > room)
+            if second is None:
+                first = first[:room]
+            else:
+                first, second = cut_longest_first(first, second, room)
+            sequence = self.sequence(first, second)
+            if not len(sequence.tokens):
+                sequence = self.sequence(np.array([self.eos_token_id], dtype=np.int32))
+            sequences.append(sequence)
+        return sequences, cut
+
     def second_at(self, first: SequenceOf[int] | np.ndarray) -> int:
         """Where a second text begins in a sequence."""
         return len(self.before) + len(first) + len(self.between)
@@ -80,9 +102,9 @@ def find_layout(tokenizer: Tokenizer, *, causal: bool) -> Layout:
     """The layout for models of this tokenizer. causal: whether the model is a decoder. Raises UserError."""
     eos = tokenizer.eos_token_id
     processor = tokenizer.definition.get("post_processor")
-    before, _, after = _around(tokenizer, processor, ["a"])
+    before, _, after = _around(processor, ["a"])
     if after:  # a template that closes a text
-        pair_before, between, pair_after = _around(tokenizer, processor, ["a", "a"])
+        pair_before, between, pair_after = _around(processor, ["a", "a"])
         types = _probe(processor, ["a", "a"]).type_ids
         starts = len(pair_before) + 1 + len(between)
         typed = types[starts] == 1
@@ -111,7 +133,7 @@ def _probe(processor: dict[str, Any] | None, texts: list[str]) -> Any:
 
 
 def _around(
-    tokenizer: Tokenizer, processor: dict[str, Any] | None, texts: list[str]
+    processor: dict[str, Any] | None, texts: list[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The special ids before, between and after texts."""
     encoded = _probe(processor, texts)
@@ -119,6 +141,11 @@ def _around(
     first, last = places[0], places[-1]
     between = encoded.ids[first + 1 : last] if len(texts) == 2 else []
     return tuple(encoded.ids[:first]), tuple(between), tuple(encoded.ids[last + 1 :])
+
+
+def ids_of(ids: list[int]) -> np.ndarray:
+    """(n,) int32: a text's ids as a sequence holds them."""
+    return np.array(ids, dtype=np.int32)
 
 
 def cut_longest_first(first: np.ndarray, second: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:

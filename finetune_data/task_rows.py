@@ -1,13 +1,12 @@
 """Which rows of a file have what a task asks for (classification, tagging, answers), and which are left out and why?"""
 
-import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from errors import UserError
-from finetune_data.example_files import read_rows, strings_in, type_in_words
+from finetune_data.example_files import read_rows, read_text, strings_in, type_in_words
 
 T = TypeVar("T")
 Rows = list[tuple[int, Any]]  # (number, from 1, columns), or a str that says why a row is none
@@ -83,16 +82,8 @@ def check_text(value: Any) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file (also .gz) in UTF-8, without their ends. Raises UserError."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
-        return data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-    except UnicodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}); save it in that encoding") from None
-    except (gzip.BadGzipFile, EOFError):
-        raise UserError(f"{path} is broken gzip; make it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    """The lines of a text file (also .gz) without their ends. Raises UserError."""
+    return read_text(path).replace("\r\n", "\n").split("\n")
 
 
 def in_label_order(names: set[str]) -> tuple[str, ...]:
@@ -105,8 +96,26 @@ def is_whole(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def stored_names(path: Path, column: str) -> tuple[str, ...]:
-    """The names that a .parquet file of the `datasets` library keeps for the integers of a column; () where it has none."""
+def no_column(path: Path, columns: Iterable[str], missing: str) -> UserError:
+    """For a file whose columns are these and not `missing`, the first word of which is our name for it."""
+    held = list(columns)
+    return UserError(
+        f"{path} has the columns {', '.join(held)}; --rename_columns can say which is {missing}, such as "
+        f"{held[0] if held else 'column'}={missing.split()[0]}"
+    )
+
+
+def stored_name(value: Any, names: Sequence[str]) -> Any:
+    """A label, or labels, as they are; an integer for which its file keeps a name (`stored_names`) as that name."""
+    if isinstance(value, list):
+        return [stored_name(one, names) for one in value]
+    is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names)
+    return names[value] if is_id else value
+
+
+def stored_names(path: Path, column: str, rename: dict[str, str]) -> tuple[str, ...]:
+    """The names that a .parquet file of the `datasets` library keeps for the integers of our column; () where it has none."""
+    column = next((theirs for theirs, ours in rename.items() if ours == column), column)
     if not path.name.lower().endswith(".parquet"):
         return ()
     import pyarrow.parquet

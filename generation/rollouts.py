@@ -282,11 +282,6 @@ class RolloutSchedule:
         return order[minibatch * self.batch_size : (minibatch + 1) * self.batch_size]
 
 
-def own_part(count: int, ranks: Ranks) -> slice:
-    """This rank's contiguous part of `count` things."""
-    return slice(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
-
-
 def gather_parts(part: list, ranks: Ranks) -> list:
     """The parts of all ranks, one after another, on every rank. The things are pickled: keep tensors out of them."""
     if ranks.world_size == 1:
@@ -304,7 +299,7 @@ def own_micro_batches(
     A rank without any gets one sequence of which nothing is learned: it must go through the model as the others do.
     """
     taught = [sequence for sequence in sequences if sequence.num_targets]
-    own = taught[own_part(len(taught), ranks)]
+    own = taught[ranks.part(len(taught))]
     if not own:
         own = [replace(sequences[0], learned=np.zeros_like(sequences[0].learned))]
     return pack([[sequence] for sequence in own], max_length=max_length, micro_batch_size=micro_batch_size)

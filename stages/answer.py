@@ -17,8 +17,8 @@ from batches.micro_batch import MicroBatch
 from finetune_data.answer_spans import END, START, Question, Window, find_answer
 from finetune_data.task_metrics import answer_figures, answer_sums
 from ranks import unwrap
-from stages.classify import first_tokens, token_logits
-from stages.held_out import over_held_out, own_part, summed
+from stages.classify import token_logits
+from stages.held_out import over_held_out, summed
 from stages.tag import by_sequence
 from training.examples_data import ExampleFeed, Group, Metrics, use_sample_keys
 from training.metrics import Figures, mean
@@ -59,8 +59,8 @@ class Answer:
         if self.feed.validation is None:
             return {}
         ranks = self.feed.ranks
-        first, last = own_part(ranks, len(self.questions))
-        batches = self._micro_batches([[one.sequence] for windows in self.windows[first:last] for one in windows])
+        own = ranks.part(len(self.questions))
+        batches = self._micro_batches([[one.sequence] for windows in self.windows[own] for one in windows])
         parts = over_held_out(self.feed, model, batches, self._judge)
         sums = [sum(float(losses.sum()) for losses, _, _ in parts), float(sum(batch.weight for batch in batches))]
         loss, weight = ranks.sum(sums)
@@ -70,11 +70,11 @@ class Answer:
             for logits in by_sequence(batch, every.cpu().numpy())
         )
         answers = []
-        for question, windows in zip(self.questions[first:last], self.windows[first:last], strict=True):
+        for question, windows in zip(self.questions[own], self.windows[own], strict=True):
             logits = [next(found) for _ in windows]
             starts, ends = ([one[:, place] for one in logits] for place in (0, 1))
             answers.append(find_answer(question.context, windows, starts, ends, may_be_none=self.may_be_none).text)
-        right = [[text for text, _ in question.answers] for question in self.questions[first:last]]
+        right = [[text for text, _ in question.answers] for question in self.questions[own]]
         counts = summed(ranks, answer_sums(answers, right, version=2 if self.may_be_none else 1))
         return {"val_loss": mean(loss, weight)} | {f"val_{name}": v for name, v in answer_figures(counts).items()}
 
@@ -93,7 +93,7 @@ class Answer:
 def padded_logits(logits: Tensor, batch: MicroBatch) -> Tensor:
     """(sequences, length of the longest, K): the (B, T, K) logits of each sequence's own tokens, -inf behind them."""
     assert batch.last_tokens is not None
-    first = first_tokens(batch)
+    first = batch.first_tokens
     lengths = batch.last_tokens - first + 1
     places = torch.arange(int(lengths.max()), device=logits.device)
     inside = places < lengths[:, None]  # (N, L)

@@ -24,7 +24,7 @@ from finetune_data.task_metrics import (
     regression_figures,
 )
 from ranks import unwrap
-from stages.held_out import over_held_out, own_part, summed
+from stages.held_out import over_held_out, summed
 from training.examples_data import ExampleFeed, Group, Metrics, use_sample_keys
 from training.metrics import Figures, mean
 
@@ -66,8 +66,8 @@ class Classify:
         if self.feed.validation is None:
             return {}
         groups = self.feed.validation.groups
-        first, last = own_part(self.feed.ranks, len(groups))
-        parts = over_held_out(self.feed, model, self._micro_batches(groups[first:last]), self._losses)
+        own = self.feed.ranks.part(len(groups))
+        parts = over_held_out(self.feed, model, self._micro_batches(groups[own]), self._losses)
         loss = sum(float(losses.sum()) for losses, _, _ in parts)
         width = self.labels.num_outputs
         shapes = (0, width), (0,) if self.labels.kind == "single" else (0, width)
@@ -76,7 +76,7 @@ class Classify:
             for place, shape in zip((1, 2), shapes, strict=True)
         )
         (loss,) = self.feed.ranks.sum([loss])
-        return {"val_loss": mean(loss, len(groups)), **self._figures(found, labels, first, len(groups))}
+        return {"val_loss": mean(loss, len(groups)), **self._figures(found, labels, own.start, len(groups))}
 
     def _figures(self, found: np.ndarray, labels: np.ndarray, first: int, total: int) -> Figures:
         """Of this rank's logits and labels, which begin at example `first` of `total`, together with those of the others."""
@@ -114,7 +114,7 @@ def text_logits(model: nn.Module, batch: MicroBatch, *, causal: bool) -> Tensor:
     """(texts, K) fp32: the logits of each text of a micro-batch."""
     logits = token_logits(model, batch).flatten(0, 1)
     assert batch.last_tokens is not None
-    return logits[batch.last_tokens if causal else first_tokens(batch)]
+    return logits[batch.last_tokens if causal else batch.first_tokens]
 
 
 def token_logits(model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -123,9 +123,3 @@ def token_logits(model: nn.Module, batch: MicroBatch) -> Tensor:
         batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1],
         token_types=token_types(batch),
     )  # fmt: skip
-
-
-def first_tokens(batch: MicroBatch) -> Tensor:
-    """(sequences,) int64: where each begins in the flattened B·T tokens."""
-    assert batch.last_tokens is not None
-    return batch.last_tokens - batch.positions.flatten()[batch.last_tokens]

@@ -37,7 +37,6 @@ from generation.rollouts import (
     figures_of,
     gather_parts,
     own_micro_batches,
-    own_part,
     response_statistics,
     roll_out,
 )
@@ -148,7 +147,7 @@ class GRPO:
         """For each prompt of the phase, everyone's, the list of its answers as sequences to learn from."""
         numbers = self.schedule.prompt_numbers(phase, len(self.prompts))
         prompts = [self.prompts[number] for number in numbers for _ in range(self.group_size)]
-        part = own_part(len(prompts), self.ranks)
+        part = self.ranks.part(len(prompts))
         own, seeds = prompts[part], self.schedule.seeds(phase, self.group_size)[part]
         with self.precision.autocast(self.ranks.device):
             rollouts = roll_out(self.model, [prompt.tokens for prompt in own], seeds, self.sampling)

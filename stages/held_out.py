@@ -18,11 +18,6 @@ from training.examples_data import ExampleFeed, without_dropout
 T = TypeVar("T")
 
 
-def own_part(ranks: Ranks, count: int) -> tuple[int, int]:
-    """The first of `count` examples that this rank judges, and the first that the next one does."""
-    return count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size
-
-
 @torch.no_grad()
 def over_held_out(
     feed: ExampleFeed,

@@ -35,7 +35,6 @@ from generation.rollouts import (
     figures_of,
     gather_parts,
     own_micro_batches,
-    own_part,
     response_statistics,
     roll_out,
 )
@@ -139,7 +138,7 @@ class PPO:
     def _roll_out(self, phase: int) -> list[Sequence]:
         """Everyone's answers of a phase as sequences to learn from."""
         prompts = [self.prompts[number] for number in self.schedule.prompt_numbers(phase, len(self.prompts))]
-        part = own_part(len(prompts), self.ranks)
+        part = self.ranks.part(len(prompts))
         own, seeds = prompts[part], self.schedule.seeds(phase, 1)[part]
         with self.precision.autocast(self.ranks.device), self.model.acting() as policy:
             rollouts = roll_out(policy, [prompt.tokens for prompt in own], seeds, self.sampling)

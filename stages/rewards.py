@@ -37,7 +37,7 @@ from batches.micro_batch import MicroBatch
 from batches.packing import Sequence, pack
 from batches.sampler import hash_key
 from errors import UserError
-from generation.rollouts import Prompt, Rollout, Sampling, own_part, roll_out
+from generation.rollouts import Prompt, Rollout, Sampling, roll_out
 from limits import CallTimeout, call_within
 from model import Transformer
 from ranks import Ranks
@@ -353,7 +353,7 @@ def evaluate_rewards(
     val_reward, its parts when there are several, the shares of answers that nothing could judge and that ended, and their
     length. val_loss is -val_reward: what is lower is better, as everywhere. None where no answer was scored.
     """
-    part = own_part(len(prompts), ranks)
+    part = ranks.part(len(prompts))
     own = list(prompts[part])
     seeds = [hash_key(seed, _EVALUATION_KEY, number) for number in range(len(prompts))[part]]
     rollouts = roll_out(model, [prompt.tokens for prompt in own], seeds, sampling)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batches.micro_batch import IGNORE_INDEX, MicroBatch
-from finetune_data.tagged import TaggedWords, batch_tags, word_tags
+from finetune_data.tagged import TaggedWords, batch_tags, outside, word_tags
 from finetune_data.task_metrics import (
     class_f1,
     confusion_counts,
@@ -22,7 +22,7 @@ from finetune_data.task_metrics import (
 )
 from ranks import unwrap
 from stages.classify import token_logits
-from stages.held_out import over_held_out, own_part, summed
+from stages.held_out import over_held_out, summed
 from training.examples_data import ExampleFeed, Group, Metrics, use_sample_keys
 from training.metrics import Figures, mean
 
@@ -61,8 +61,8 @@ class Tag:
         if self.feed.validation is None:
             return {}
         groups = self.feed.validation.groups
-        first, last = own_part(self.feed.ranks, len(groups))
-        batches = self._micro_batches(groups[first:last])
+        own = self.feed.ranks.part(len(groups))
+        batches = self._micro_batches(groups[own])
         parts = over_held_out(self.feed, model, batches, self._judge)
         sums = [sum(float(loss) for loss, _ in parts), float(sum(batch.weight for batch in batches))]
         loss, weight = self.feed.ranks.sum(sums)
@@ -71,18 +71,17 @@ class Tag:
             for batch, (_, predicted) in zip(batches, parts, strict=True)
             for sequence in by_sequence(batch, predicted.cpu().numpy())
         ]
-        return {"val_loss": mean(loss, weight), **self._figures(found, first)}
+        return {"val_loss": mean(loss, weight), **self._figures(found, own.start)}
 
     def _figures(self, found: list[np.ndarray], first: int) -> Figures:
         """Of the tags found for this rank's sentences, which begin at `first`, with those of the other ranks."""
         last = first + len(found)
         sentences, places = self.sentences[first:last], self.places[first:last]
-        missing = self.names.index("O") if "O" in self.names else -1
-        tags = [word_tags(one, where, missing=missing) for one, where in zip(found, places, strict=True)]
+        tags = [word_tags(one, where, missing=outside(self.names)) for one, where in zip(found, places, strict=True)]
         if marks_entities(self.names):
             types = entity_types(self.names)
             named = (
-                [[self.names[tag] for tag in one] for one in tags],
+                [[self.names[tag] if tag >= 0 else "O" for tag in one] for one in tags],
                 [[self.names[tag] for tag in one.tags] for one in sentences],
             )
             counts = summed(self.feed.ranks, entity_counts(*named, types))
@@ -117,7 +116,4 @@ class Tag:
 def by_sequence(batch: MicroBatch, values: np.ndarray) -> list[Any]:
     """What (B, T, …) values of tokens are for each sequence, (n, …), in their order."""
     flat = values.reshape(-1, *values.shape[2:])
-    assert batch.last_tokens is not None
-    lengths = batch.positions.flatten()[batch.last_tokens] + 1
-    ends = (batch.last_tokens + 1).tolist()
-    return [flat[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+    return [flat[place] for place in batch.places]

@@ -1,6 +1,7 @@
 """Does everything that holds for Llama hold for the other families? One small model of each through the scripts.
 
-What is computed is compared with transformers in tests/test_model.py; here: training, resume, ranks, 4 bits, merging, saving.
+What is computed is compared with transformers in tests/test_family_parity.py; here: training, resume, ranks, 4 bits,
+merging, saving.
 """
 
 import contextlib

@@ -3,12 +3,15 @@
 The truth is transformers' own config classes: one of them, saved → our fields → our config.json → read by transformers.
 """
 
+import dataclasses
 import json
 
 import pytest
 
 from errors import UserError
 from families.names import FAMILIES, read_config, write_config
+from families.weights import canonical_name
+from model_config import ModelConfig
 
 SMALL = {
     "vocab_size": 99,
@@ -102,18 +105,7 @@ IGNORED = {
     "sliding_window_pattern", "global_attn_every_n_layers", "global_rope_theta", "local_rope_theta",
     "original_max_position_embeddings", "partial_rotary_factor",
 }  # fmt: skip
-# ModelConfig's defaults
-FIELDS = {
-    "qk_norm": False, "qk_norm_per_head": True, "sliding_window": None, "layer_types": None, "local_rope_theta": None,
-    "rope_layers": None, "partial_rotary_factor": 1.0, "position_embedding": "rotary", "position_offset": 0, "norm": "rms",
-    "norm_bias": False, "norm_offset": False, "norm_position": "before", "final_norm": True, "embedding_norm": False,
-    "first_norm": True, "hidden_act": "silu", "gated_mlp": True, "qkv_bias": False, "output_bias": False, "mlp_bias": False,
-    "fused_qkv": False, "fused_gate_up": False, "attention_scale": None, "attn_logit_softcapping": None,
-    "final_logit_softcapping": None, "scale_embedding": False, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
-    "logits_scaling": 1.0, "causal": True, "type_vocab_size": 0, "head": "lm", "head_bias": False, "head_dense_bias": False,
-    "num_experts": None, "experts_per_token": None, "expert_size": None, "normalise_routing": True, "dense_layers": None,
-    "router_aux_loss_coef": 0.001, "rope_theta": 10000.0, "rope_scaling": None,
-}  # fmt: skip
+FIELDS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +222,7 @@ def test_either_version_alone_reads_the_same(family, change, transformers):
     ],
 )
 def test_names_of_older_and_of_bare_folders_become_those_of_today(family, found, name):
-    assert FAMILIES[family].canonical(found) == name
+    assert canonical_name(family, found) == name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -289,8 +281,29 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family, transform
         ("modernbert", {"classifier_activation": "silu"}, "classifier_activation"),
         ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters"),
         ("modernbert", {"local_rope_theta": None}, "local_rope_theta"),
+        ("modernbert", {"local_attention": None}, "local_attention"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": None}, "max_window_layers"),
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": None}, "original_max_position"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps"),
+        ("bert", {"layer_norm_eps": None}, "layer_norm_eps"),
+        ("bert", {"tie_word_embeddings": None}, "tie_word_embeddings"),
     ],
 )  # fmt: skip
 def test_what_would_be_computed_differently_is_refused_by_name(family, change, named, transformers):
     with pytest.raises(UserError, match=named):
         read_config(saved(transformers, family) | change)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gpt2", {"num_key_value_heads": 2}), ("gpt2", {"head_dim": 32}), ("bert", {"num_key_value_heads": 2}),
+        ("modernbert", {"head_dim": 32}), ("llama", {"qkv_bias": True}), ("mistral", {"qk_norm": True}),
+    ],
+)  # fmt: skip
+def test_what_a_familys_folder_cannot_say_is_refused(family, change):
+    """It would be lost in a checkpoint, which then could not be loaded."""
+    fields = read_config((GPT2 if family == "gpt2" else SMALL | {"num_key_value_heads": 4}) | {"model_type": family})
+    ModelConfig(**fields)
+    with pytest.raises(UserError, match=f"{next(iter(change))} is .*, which the folder of a {family} cannot say"):
+        ModelConfig(**fields | change)

@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from batches.micro_batch import MicroBatch
 from batches.packing import Sequence, pack
 from dataprep.tokenizers import Tokenizer
 from finetune_data.example_files import Row, read_rows, rows_of_lines
 from finetune_data.labelled import PAIRS, TEXTS
-from finetune_data.task_layout import Layout, cut_longest_first, token_types
+from finetune_data.task_layout import Layout, ids_of, token_types
 from finetune_data.task_rows import WrongRowError, read_lines, text_in
 from model import Transformer
 
@@ -101,27 +99,12 @@ def encode_texts(reader: Reader, texts: list[Texts], *, masks: bool = False) -> 
 
     Of a pair the longer text is cut first. A text of which no token is left is the end-of-text token.
     """
-    layout = reader.layout
     encode = reader.tokenizer.encode_batch_with_masks if masks else reader.tokenizer.encode_batch
-    firsts = encode([one.first for one in texts])
-    seconds = iter(encode([one.second for one in texts if one.second is not None]))
-    sequences, notes = [], []
-    for one, ids in zip(texts, firsts, strict=True):
-        room = layout.room(reader.max_length, pair=one.second is not None)
-        first, second = np.array(ids, dtype=np.int32), None
-        total = len(first)
-        if one.second is None:
-            first = first[:room]
-        else:
-            second = np.array(next(seconds), dtype=np.int32)
-            total += len(second)
-            first, second = cut_longest_first(first, second, room)
-        sequence = layout.sequence(first, second)
-        if not len(sequence.tokens):
-            sequence = layout.sequence(np.array([layout.eos_token_id], dtype=np.int32))
-        sequences.append(sequence)
-        notes.append({"truncated": True} if total > room else {})
-    return sequences, notes
+    firsts = [ids_of(ids) for ids in encode([one.first for one in texts])]
+    of_pairs = iter(encode([one.second for one in texts if one.second is not None]))
+    seconds = [None if one.second is None else ids_of(next(of_pairs)) for one in texts]
+    sequences, cut = reader.layout.framed(firsts, seconds, reader.max_length)
+    return sequences, [{"truncated": True} if one else {} for one in cut]
 
 
 @torch.inference_mode()
@@ -134,15 +117,7 @@ def outputs(reader: Reader, sequences: SequenceOf[Sequence]) -> list[Tensor]:
     batch = batch.to(next(model.parameters()).device)
     types = token_types(batch) if model.config.type_vocab_size > 1 else None
     found = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=longest, token_types=types)
-    return [found.flatten(0, 1)[place] for place in _places(batch)]
-
-
-def _places(batch: MicroBatch) -> list[slice]:
-    """Where each sequence stands in the flattened B·T tokens."""
-    assert batch.last_tokens is not None
-    lasts = batch.last_tokens
-    lengths = batch.positions.flatten()[lasts] + 1
-    return [slice(last + 1 - length, last + 1) for last, length in zip(lasts.tolist(), lengths.tolist(), strict=True)]
+    return [found.flatten(0, 1)[place] for place in batch.places]
 
 
 def numbers(values: Tensor) -> list[float]:

@@ -6,12 +6,11 @@ Models are adapters.task_heads.TaskModel; a row is read and encoded as in traini
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adapters.task_heads import Task
 from finetune_data.answer_spans import Answer, Question, encode_questions, find_answer
-from finetune_data.tagged import WORDS, TaggedWords, encode_tagged, word_tags
+from finetune_data.tagged import WORDS, TaggedWords, encode_tagged, outside, word_tags
 from finetune_data.task_metrics import entities, marks_entities
 from finetune_data.task_rows import WrongRowError, check_text, text_in
 from tools.predict_rows import Reader, Result, Texts, encode_texts, numbers, outputs
@@ -70,22 +69,23 @@ def tag(reader: Reader, sentences: list[tuple[str, ...]], task: Task) -> list[Re
     read = [TaggedWords(words, (0,) * len(words), "") for words in sentences]
     encoded = encode_tagged(reader.tokenizer, reader.layout, read, max_length=reader.max_length)
     results = []
-    for words, logits, places in zip(sentences, outputs(reader, encoded.sequences), encoded.places, strict=True):
-        best, tags = (found.cpu().numpy() for found in logits.softmax(-1).max(-1))
-        named = [None if one < 0 else task.labels[one] for one in word_tags(tags, places, missing=_outside(task))]
-        probabilities = [numbers(torch.from_numpy(best[[place]]))[0] if place >= 0 else None for place in places]
+    every = zip(sentences, outputs(reader, encoded.sequences), encoded.places, encoded.truncated, strict=True)
+    for words, logits, places, cut in every:
+        best, tags = logits.softmax(-1).max(-1)
+        likely = numbers(best)
+        named = [
+            None if one < 0 else task.labels[one]
+            for one in word_tags(tags.cpu().numpy(), places, missing=outside(task.labels))
+        ]
+        probabilities = [likely[place] if place >= 0 else None for place in places]
         result: Result = {"words": list(words), "predicted": named, "probabilities": probabilities}
         if marks_entities(task.labels):
             result["entities"] = [
                 {"type": kind, "text": " ".join(words[first : last + 1]), "first": first, "last": last}
                 for kind, first, last in entities([one or "O" for one in named])
             ]
-        results.append(result)
+        results.append(result | ({"truncated": True} if cut else {}))
     return results
-
-
-def _outside(task: Task) -> int:
-    return task.labels.index("O") if "O" in task.labels else -1
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -109,11 +109,11 @@ def answer(reader: Reader, asked: list[Asked], doc_stride: int) -> list[Result]:
     left of the context.
     """
     questions = [Question("", one.question, one.context, (), "the row") for one in asked]
-    windows = encode_questions(
+    encoded = encode_questions(
         reader.tokenizer, reader.layout, questions, max_length=reader.max_length, doc_stride=doc_stride
-    ).windows
+    )
     results = []
-    for one, its_windows in zip(asked, windows, strict=True):
+    for one, its_windows, cut in zip(asked, encoded.windows, encoded.cut_questions, strict=True):
         # one question at a time: its windows are as many as its context is long
         logits = [
             found.cpu().double().numpy() for found in outputs(reader, [window.sequence for window in its_windows])
@@ -123,7 +123,7 @@ def answer(reader: Reader, asked: list[Asked], doc_stride: int) -> list[Result]:
             for window, found in zip(its_windows, logits, strict=True)
         ]
         totals = np.array([np.logaddexp.reduce(found, axis=0).sum() for found in logits])
-        results.append(_span(spans, totals))
+        results.append(_span(spans, totals) | ({"truncated": True} if cut else {}))
     return results
 
 

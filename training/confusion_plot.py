@@ -1,13 +1,13 @@
 """Which classes does a classifier take for which? A matrix of counts as a PNG."""
 
 import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from training.plots import save_png
 
 _MOST_NUMBERS = 25  # classes, beyond which numbers in the cells could not be read
 _MOST_NAMES = 60
@@ -40,12 +40,4 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: str | os.Path
     axes.set_ylabel("label")
     accuracy = np.trace(counts) / max(int(counts.sum()), 1)
     axes.set_title(f"{title}{': ' if title else ''}accuracy {accuracy:.1%}", fontsize=10, parse_math=False)
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(unfinished, format="png", dpi=100)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_png(figure, path)

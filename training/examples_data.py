@@ -68,9 +68,7 @@ class ExampleFeed:
 
     def samples(self, first: int) -> range:
         """This rank's part of the step whose samples are first … first+batch_size-1."""
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        begin, end = (first + self.batch_size * r // world_size for r in (rank, rank + 1))
-        return range(begin, end)
+        return range(first, first + self.batch_size)[self.ranks.part(self.batch_size)]
 
     def groups(self, first: int) -> list[Group]:
         """The examples of `samples(first)`."""
@@ -130,10 +128,8 @@ class ExampleFeed:
         return figures
 
     def _means(self, model, groups, micro_batches, loss, names) -> Figures:
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        begin, end = (len(groups) * r // world_size for r in (rank, rank + 1))
         sums = {metric: [0.0, 0.0] for metric in names}
-        for batch in micro_batches(groups[begin:end]):
+        for batch in micro_batches(groups[self.ranks.part(len(groups))]):
             with self.precision.autocast(self.ranks.device):
                 _, metrics = loss(model, batch.to(self.ranks.device))
             for metric in names:

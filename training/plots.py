@@ -40,6 +40,11 @@ def plot_runs(runs: Sequence[RunHistory], path: str | os.PathLike) -> None:
         axes.grid(alpha=0.25)
         axes.set_xlim(left=0)
     figure.suptitle(_title(runs), fontsize=11, parse_math=False)
+    save_png(figure, path)
+
+
+def save_png(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure into the PNG file `path`, which is replaced in one step. Raises OSError when it cannot be written."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

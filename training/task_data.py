@@ -161,7 +161,7 @@ class _Reader:
         self.labels = Labels("single", found.names, len(found.names))
         encoded = encode_tagged(self.tokenizer, self.layout, found.examples, max_length=self.max_length)
         self.report += found.report
-        self._say_cut(encoded.truncated)
+        self._say_cut(sum(encoded.truncated))
         if encoded.words_without_place:
             self.report.append(f"{encoded.words_without_place:,} words have no token, and count as tagged O")
         return Encoded(found.examples, encoded.places, [[one] for one in encoded.sequences])
@@ -177,8 +177,8 @@ class _Reader:
         self.report.append(
             f"{len(found.examples):,} questions in {windows:,} windows of at most {self.max_length} tokens"
         )
-        if encoded.cut_questions:
-            self.report.append(f"{encoded.cut_questions:,} questions cut off")
+        if cut := sum(encoded.cut_questions):
+            self.report.append(f"{cut:,} questions cut off")
         if encoded.hidden:
             self.report.append(f"{encoded.hidden:,} questions have an answer that no window shows whole")
         return Encoded(found.examples, encoded.windows, [[w.sequence for w in ws] for ws in encoded.windows])

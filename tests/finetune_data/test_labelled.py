@@ -67,6 +67,20 @@ def test_parquet_files_name_their_integers(tmp_path):
     assert any("label -1" in line and "a.parquet:3" in line for line in labelled.report)
 
 
+def test_each_parquet_file_names_its_own_integers(tmp_path):
+    """Two data sets of the same classes, declared in another order."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, classes in (("a", ["neg", "pos"]), ("b", ["pos", "neg"])):
+        features = {"label": {"names": classes, "_type": "ClassLabel"}, "text": {"dtype": "string"}}
+        table = pyarrow.Table.from_pylist(rows_with(0, 1))
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    first = read_labelled([tmp_path / "a.parquet"])
+    assert found(first) == [0, 1]
+    assert found(read_labelled([tmp_path / "b.parquet"], wanted=first.labels)) == [1, 0]
+    assert found(read_labelled([tmp_path / "a.parquet", tmp_path / "b.parquet"])) == [0, 1, 1, 0]
+
+
 @pytest.mark.parametrize(
     "names", [("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")]
 )
@@ -106,6 +120,13 @@ def test_wrong_rows_are_left_out_counted_and_named(read):
         assert place in line
 
 
+def test_a_damaged_archive_is_one_sentence(tmp_path):
+    whole = gzip.compress(b"yes so good\nno bad\n" * 100)
+    (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"a\.txt\.gz is broken gzip"):
+        read_labelled([tmp_path / "a.txt.gz"])
+
+
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +162,25 @@ def test_several_labels_in_a_table(read):
     assert one.labels == Labels("single", ("red", "red|blue"), 2)
     fasttext = read(name="a.txt", content="__label__red __label__blue so good\n__label__red x\n")
     assert found(fasttext) == [(0, 1), (1,)] and fasttext.examples[0].text == "so good"
+    behind = read(name="a.txt", content="so good __label__red __label__blue\nx __label__red\n")
+    assert found(behind) == [(0, 1), (1,)] and [example.text for example in behind.examples] == ["so good", "x"]
+
+
+def test_files_of_several_labels_and_of_one_are_read_together(tmp_path):
+    (tmp_path / "p.csv").write_text("text,labels\nx,a|b\ny,a\n")
+    (tmp_path / "q.csv").write_text("text,label\nz,b\n")
+    for names in (("p.csv", "q.csv"), ("q.csv", "p.csv")):
+        both = read_labelled([tmp_path / name for name in names])
+        assert (both.labels.kind, both.labels.names) == ("multi", ("a", "b"))
+        assert {example.text: example.label for example in both.examples} == {"x": (0, 1), "y": (0,), "z": (1,)}
+
+
+def test_held_out_lists_of_0_and_1_are_read_as_those_that_were_learned_from(read):
+    """[1, 0] and [0, 1] alone could be ids."""
+    learned = read(*rows_with([1, 0], [1, 1], [0, 0]))
+    assert found(read(*rows_with([1, 0], [0, 1]), wanted=learned.labels)) == [(0,), (1,)]
+    by_ids = read(*rows_with([1, 0], [0], [1]))
+    assert found(read(*rows_with([1, 0], [0, 1]), wanted=by_ids.labels)) == [(0, 1), (0, 1)]
 
 
 def test_what_is_wanted_wins_over_what_is_found(read):

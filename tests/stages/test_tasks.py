@@ -340,6 +340,20 @@ def test_other_numerics_learn_the_same(words, kind, workshop, tmp_path):
     assert math.isclose(*figures, rel_tol=0.25 if "muon" in words else 0.02), figures
 
 
+def test_a_word_beyond_the_length_is_wrong_where_no_tag_means_outside(workshop, tmp_path):
+    """Tags of a segmenter, which have no O; the model says S of every word that it sees, the first of three."""
+    rows = [{"tokens": ["ann", "rome", "bob"], "tags": list(tags)} for tags in ("SSS", "BME")]
+    write_rows(tmp_path / "t.jsonl", rows)
+    words = f"--stage tag --train_data {tmp_path}/t.jsonl --eval_data {tmp_path}/t.jsonl --max_length 3"
+    run = build(workshop, "bert", words, tmp_path / "run")
+    assert run.stage.names == ("B", "E", "M", "S")
+    head = dict(run.model.named_parameters())
+    with torch.no_grad():
+        head["classifier.weight"].zero_()
+        head["classifier.bias"].copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    assert math.isclose(run.stage.evaluate(run.model, everything=True)["val_accuracy"], 1 / 6)
+
+
 def test_class_weights_change_the_loss_as_said(workshop, tmp_path):
     """n / (k · count) of each label: the weighted mean of the labels' losses, each label counting the same."""
     rows = [row for row in texts(48) if row["label"] != "?"] + texts(3)[2:]

@@ -337,7 +337,7 @@ def test_a_word_beyond_the_models_length_is_outside_without_a_probability(bases,
     ((row,), _) = predict(tmp_path / "m", "--text", PLAIN[1], "--max_length", 6)
     assert len(row["words"]) == len(row["predicted"]) == 11
     assert row["probabilities"][4:] == [None] * 7 and None not in row["probabilities"][:4]
-    assert row["predicted"][4:] == ["O"] * 7
+    assert row["predicted"][4:] == ["O"] * 7 and row["truncated"] is True
 
 
 CONTEXT = "ann lives in rome and bob was very good in oslo and where was the film that is not bad in rome"
@@ -383,6 +383,11 @@ def test_a_long_context_is_read_in_windows_and_the_span_is_where_it_stands(bases
     assert text[row["start"] : row["end"]] == row["predicted"] and 0 < row["probability"] <= 1
     with pytest.raises(UserError, match="--doc_stride 40"):
         predict(tmp_path / "m", "--text", "who lives in rome", text, "--max_length", 30, "--doc_stride", 40)
+    assert "truncated" not in row, "the context is read in windows, not cut"
+    a_task(bases["modernbert"], tmp_path / "long", "answer", max_position_embeddings=128)
+    question = "who lives in rome " * 20
+    ((cut,), _) = predict(tmp_path / "long", "--text", question, "ann lives in rome", "--doc_stride", 8)
+    assert cut["truncated"] is True
 
 
 def test_a_trained_adapter_says_what_its_run_measured(predict, tmp_path):
