@@ -1,8 +1,8 @@
 """What does a matrix product in fp32 run on, on a CPU?
 
 torch multiplies fp32 matrices with MKL, which keeps AVX-512 from processors that are not Intel's. oneDNN, which torch brings as
-well, uses it: on an AMD EPYC a product takes 0.4 to 0.7 times the time (docs/RESULTS.md). So on AMD's processors with AVX-512 products
-go to oneDNN, as fp32 as before; everywhere else, and in other dtypes, they stay where torch has them.
+well, uses it: on an AMD EPYC a product takes 0.3 to 0.9 times the time (docs/RESULTS.md). So on AMD's processors with AVX-512
+products go to oneDNN, as fp32 as before; everywhere else, and in other dtypes, they stay where torch has them.
 """
 
 import functools
