@@ -17,6 +17,7 @@ from kernels.attention import attention
 from kernels.attention_masks import AttentionMask
 from kernels.choice import KernelChoice
 from kernels.dropout import keyed_dropout
+from kernels.linear import linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
@@ -126,7 +127,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
+# --------------------------------------------------------------------------------------------------- linear, attention
+
+
+class Linear(nn.Linear):
+    """torch's, whose product runs where kernels/linear.py sends it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -139,12 +147,12 @@ class Attention(nn.Module):
         query, key = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.sizes = [query, key, key]
         if config.fused_qkv:
-            self.qkv_proj = nn.Linear(hidden, sum(self.sizes), bias=config.qkv_bias)
+            self.qkv_proj = Linear(hidden, sum(self.sizes), bias=config.qkv_bias)
         else:
-            self.q_proj = nn.Linear(hidden, query, bias=config.qkv_bias)
-            self.k_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
-            self.v_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query, hidden, bias=config.output_bias)
+            self.q_proj = Linear(hidden, query, bias=config.qkv_bias)
+            self.k_proj = Linear(hidden, key, bias=config.qkv_bias)
+            self.v_proj = Linear(hidden, key, bias=config.qkv_bias)
+        self.o_proj = Linear(query, hidden, bias=config.output_bias)
         self.norm_per_head = config.qk_norm_per_head
         widths = (self.head_dim, self.head_dim) if self.norm_per_head else (query, key)
         self.q_norm, self.k_norm = (norm_of(config, width) if config.qk_norm else None for width in widths)
@@ -203,12 +211,12 @@ class MLP(nn.Module):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         if config.fused_gate_up:
-            self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
+            self.gate_up_proj = Linear(hidden, 2 * inner, bias=bias)
         else:
             if config.gated_mlp:
-                self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-            self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+                self.gate_proj = Linear(hidden, inner, bias=bias)
+            self.up_proj = Linear(hidden, inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
         self.gated, self.act = config.gated_mlp, config.hidden_act
         self.joint_sizes: list[int] | None = None  # as in Attention
 
@@ -320,7 +328,7 @@ class PredictionHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_dense_bias)
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.head_dense_bias)
         self.norm = norm_of(config, config.hidden_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
         self.act = config.hidden_act

@@ -27,6 +27,7 @@ from families.common import INIT_STD
 from families.weights import canonical_name, stored_views
 from kernels.attention_masks import AttentionMask, document_ids, document_mask, document_positions, row_mask
 from kernels.choice import KernelChoice
+from kernels.linear import linear
 from kernels.rotary import BY_LENGTH, rotary_tables
 from layers import Block, PredictionHead, Shared, compute_dtype, norm_of
 from model_config import FULL, SLIDING, ModelConfig
@@ -223,7 +224,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, V) fp32 logits of hidden states (…, H). For sampling and tests; training uses linear_cross_entropy."""
-        logits = F.linear(*self.head_inputs(hidden)).float()
+        logits = linear(*self.head_inputs(hidden)).float()
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     @torch.no_grad()

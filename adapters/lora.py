@@ -23,6 +23,7 @@ from adapters.quantised_experts import STACKS, NF4Experts, quantise_experts
 from adapters.token_rows import store_rows
 from errors import UserError
 from families.weights import stored_path, stored_views
+from kernels.linear import linear
 from kernels.lora_linear import Adapter, augmented_weight, choose_path, device_name, lora_linear, masked, store_adapters
 from kernels.nf4 import NF4Weight, dequantise_nf4, quantise_nf4
 from kernels.nf4_linear import nf4_linear
@@ -261,7 +262,7 @@ class LoraLinear(nn.Module):
     def _frozen_product(self, x: Tensor) -> Tensor:
         if self.quantised:
             return nf4_linear(x, self.nf4_weight(), implementation=self.implementation)
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def _stretch(self, name: str) -> Tensor:
         """m / |row of W + scale · B A| (out,) fp32. The length is a constant to the gradient (section 4.3 of DoRA)."""

@@ -18,6 +18,7 @@ import torch
 
 from errors import UserError
 from kernels.jit import why_not_triton
+from kernels.linear import onednn_pays
 
 OPERATIONS = ("rms_norm", "rope", "swiglu", "linear_cross_entropy", "lora", "nf4")
 _BETTER_THAN_THE_COMPILER = ("linear_cross_entropy", "lora", "nf4")
@@ -75,7 +76,8 @@ def describe_kernels(choice: KernelChoice, device: torch.device, compiled: bool)
     )
     if not on_torch:
         return f"Triton: {on_triton}"
+    products = "; fp32 products: oneDNN (AMD with AVX-512)" if device.type == "cpu" and onednn_pays() else ""
     reason = why_not_triton(device) or (
         "fused by the compiler" if compiled else "the interpreter is for tests" if device.type == "cpu" else "as asked"
     )
-    return (f"Triton: {on_triton}; " if on_triton else "") + f"PyTorch: {on_torch} ({reason})"
+    return (f"Triton: {on_triton}; " if on_triton else "") + f"PyTorch: {on_torch} ({reason}){products}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.jit import check_dtypes, jit, next_power_of_2, num_warps, tl
+from kernels.linear import product, runs_on_onednn
 
 # Bytes of fp32 logits held at a time, unless the caller says. On CPU larger chunks fall out of the cache and come as
 # fresh pages from the operating system each time (measured: bench/loss.py); on CUDA the products need this much work.
@@ -409,14 +410,22 @@ def launch_statistics_gradient(
 # ------------------------------------------------------------------------------------------------- operators: the loss
 
 
-def _chunks(hidden: Tensor, weight: Tensor, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(part of the rows, their hidden states in the weight's dtype, their logits), the logits always in one buffer."""
+def _on_onednn(hidden: Tensor, weight: Tensor, implementation: str) -> bool:
+    """Whether the products run there; Triton's kernels want logits in rows that are padded."""
+    return implementation == "torch" and runs_on_onednn(hidden, weight)
+
+
+def _chunks(hidden: Tensor, weight: Tensor, rows: int, onednn: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(part of the rows, their hidden states in the weight's dtype, their logits), the logits always in one buffer; but
+    oneDNN's are its own."""
     vocab = len(weight)
-    buffer = torch.empty(rows, -(-vocab // PITCH) * PITCH, device=weight.device, dtype=weight.dtype)
+    buffer = None
+    if not onednn:
+        buffer = torch.empty(rows, -(-vocab // PITCH) * PITCH, device=weight.device, dtype=weight.dtype)
     for start in range(0, len(hidden), rows):
         part = slice(start, min(start + rows, len(hidden)))
         h = hidden[part].to(weight.dtype)
-        yield part, h, torch.mm(h, weight.t(), out=buffer[: len(h), :vocab])
+        yield part, h, product(h, weight) if buffer is None else torch.mm(h, weight.t(), out=buffer[: len(h), :vocab])
 
 
 def _new_gradients(
@@ -427,15 +436,19 @@ def _new_gradients(
     return grad_hidden, torch.zeros(weight.shape if want_weight else 0, device=weight.device, dtype=stats)
 
 
-def _add_gradients(gradients: tuple[Tensor, Tensor], part: slice, grad: Tensor, h: Tensor, w: Tensor) -> None:
+def _add_gradients(
+    gradients: tuple[Tensor, Tensor], part: slice, grad: Tensor, h: Tensor, w: Tensor, onednn: bool
+) -> None:
     """From grad (rows, V) of the logits h wᵀ. The weight's is summed over the chunks in fp32: a bf16 sum loses a bit
     for every fourfold number of them."""
     grad_hidden, grad_weight = gradients
     if grad_hidden.numel():
-        grad_hidden[part] = grad @ w
+        grad_hidden[part] = product(grad, w.t()) if onednn else grad @ w
     if not grad_weight.numel():
         return
-    if grad.dtype == grad_weight.dtype:
+    if onednn:
+        grad_weight += product(grad.t(), h.t())
+    elif grad.dtype == grad_weight.dtype:
         grad_weight.addmm_(grad.t(), h)
     elif grad.is_cuda and torch.version.hip is None:  # the product is added to the sum before anything is rounded
         torch.addmm(grad_weight, grad.t(), h, out_dtype=grad_weight.dtype, out=grad_weight)
@@ -460,17 +473,18 @@ def _linear_cross_entropy(
     with torch.autocast(hidden.device.type, enabled=False):
         stats = torch.promote_types(dtype, torch.float32)
         w, targets = weight.to(dtype), targets.contiguous()
+        onednn = _on_onednn(hidden, w, implementation)
         kept = targets != ignore_index
         scale = kept.to(stats) if token_weights is None else token_weights.to(stats).where(kept, 0.0)
         losses = torch.empty(len(targets), device=hidden.device, dtype=stats)
         squares = torch.empty_like(losses)
         gradients = _new_gradients(hidden, weight, stats, want_hidden, want_weight)
         want = want_hidden or want_weight
-        for part, h, logits in _chunks(hidden, w, rows):
+        for part, h, logits in _chunks(hidden, w, rows, onednn):
             row = targets[part], scale[part], losses[part], squares[part]
             grad = chunk(logits, *row, ignore_index, z_loss, softcap, want)
             if want:
-                _add_gradients(gradients, part, grad, h, w)
+                _add_gradients(gradients, part, grad, h, w, onednn)
         cross_entropy = (losses * scale).sum()
         total = cross_entropy + z_loss * (squares * scale).sum() if z_loss else cross_entropy.clone()
     return total, cross_entropy, *gradients
@@ -521,7 +535,8 @@ def _token_statistics(
     with torch.autocast(hidden.device.type, enabled=False):
         outputs = logprobs, entropies, best, lse = _new_statistics(hidden, dtype)
         targets = targets.contiguous()
-        for part, _, logits in _chunks(hidden, weight.to(dtype), rows):
+        w = weight.to(dtype)
+        for part, _, logits in _chunks(hidden, w, rows, _on_onednn(hidden, w, implementation)):
             into = logprobs[part], entropies[part], best[part], lse[part]
             chunk(logits, targets[part], *into, temperature, softcap, ignore_index)
     return outputs
@@ -537,13 +552,14 @@ def _token_statistics_backward(
     chunk = launch_statistics_gradient if implementation == "triton" else _statistics_gradient_chunk
     with torch.autocast(hidden.device.type, enabled=False):
         w, targets, d_logprobs = weight.to(dtype), targets.contiguous(), d_logprobs.contiguous()
+        onednn = _on_onednn(hidden, w, implementation)
         d_entropy = None if d_entropy is None else d_entropy.contiguous()
         gradients = _new_gradients(hidden, weight, lse.dtype, want_hidden, want_weight)
-        for part, h, logits in _chunks(hidden, w, rows):
+        for part, h, logits in _chunks(hidden, w, rows, onednn):
             above = d_logprobs[part], None if d_entropy is None else d_entropy[part]
             row = targets[part], *above, lse[part], entropy[part]
             grad = chunk(logits, *row, temperature, softcap, ignore_index)
-            _add_gradients(gradients, part, grad, h, w)
+            _add_gradients(gradients, part, grad, h, w, onednn)
     return gradients[0], gradients[1].to(weight.dtype)
 
 

@@ -496,7 +496,7 @@ MUTANTS = [
     ("ignored rows not zeroed", "triton", "tl.store(LOGITS + column, tl.zeros", "tl.store(LOGITS + column, 1.0 + tl.zeros"),
     ("ignored rows counted", "torch", "token_weights.to(stats).where(kept, 0.0)", "token_weights.to(stats)"),
     ("rows overlap", "triton", "LOGITS += row * pitch", "LOGITS += row * vocab"),
-    ("the weight's gradient of the last chunk alone", "torch", "grad_weight.addmm_(", "grad_weight.zero_().addmm_("),
+    ("the weight's gradient of the last chunk alone", "torch", "= gradients\n", "= gradients[0], gradients[1].zero_()\n"),
     ("upstream gradient left out", "torch", "(grad_weight * upstream)", "grad_weight"),
 ]  # fmt: skip
 
