@@ -32,9 +32,7 @@ from checkpointing.tensors import set_rng_state
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError, run_script
 from generation.sampling import stream_text
-from kernels.attention_backends import activate, choose_attention, describe_attention
-from kernels.choice import KernelChoice, choose_kernels, describe_kernels
-from model_config import ModelConfig
+from kernels.attention_backends import describe_attention
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
 from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.classify import Classify
@@ -42,12 +40,13 @@ from stages.grpo import GRPO
 from stages.ppo import PPO
 from tools.run_plan import run_plan
 from training.config import TrainConfig, add_options, resolve_config
-from training.description import describe_run, device_name, git_commit, next_command, versions
+from training.description import describe_run, git_commit, next_command, versions
 from training.loading import build_model, checkpoint_parts, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Figures, Metrics, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
+from training.numerics import choose_numerics, machine_lines
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets
-from training.plan import RunPlan, example_sizes, format_plan, grown, model_shape, plan_run
-from training.precision import LossScaler, Precision, choose_precision
+from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
+from training.precision import LossScaler, Precision
 from training.resume import check_data_order, find_checkpoint
 from training.run_files import read_history
 from training.schedule import learning_rate_factor
@@ -132,7 +131,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
 
     # ------------------------------------------------------------------------------------------------------------- plan
     tokenizer = data.tokenizer
-    shape = shape_of(config, base_shape, data)
+    shape = shape_of(config, base_shape, tokenizer, data.max_length, data.num_new_tokens)
     plan = plan_run(
         config, shape, max_length=data.max_length, world_size=ranks.world_size,
         half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
@@ -172,42 +171,6 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, start_step, samples,
         tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0),
     )  # fmt: skip
-
-
-def choose_numerics(
-    config: TrainConfig, base_shape: ModelConfig | None, device: torch.device
-) -> tuple[Precision, KernelChoice]:
-    """What the run computes in and on: precision, kernels and the attention among them, which is switched on."""
-    precision = choose_precision(config.mixed_precision, device)
-    head_dim = base_shape.head_dim if base_shape else config.hidden_size // config.num_heads
-    softcap = base_shape is not None and base_shape.attn_logit_softcapping is not None
-    attention = choose_attention(config.attention, device, precision.dtype, head_dim=head_dim, softcap=softcap)
-    activate(attention)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what stays fp32 under autocast may use TF32
-    return precision, choose_kernels(config.kernels, device, config.compile_model, attention)
-
-
-def shape_of(config: TrainConfig, base_shape: ModelConfig | None, data: StageData) -> ModelConfig:
-    """The model's: the base's, which longer rows and new tokens make larger, or that of the options."""
-    tokenizer = data.tokenizer
-    if base_shape:
-        return grown(base_shape, data.max_length, tokenizer.vocab_size if data.num_new_tokens else 0)
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.begin_id
-    return model_shape(config, tokenizer.vocab_size, data.max_length, *ends)
-
-
-def machine_lines(
-    config: TrainConfig, precision: Precision, kernels: KernelChoice, attention: str, ranks: Ranks, peak: float | None
-) -> dict[str, str]:
-    """The lines of the plan that say what the run computes in and on, and why."""
-    return {
-        "precision": precision.reason,
-        "kernels": describe_kernels(kernels, ranks.device, config.compile_model),
-        "attention": attention,
-        "device": f"{device_name(ranks.device)} x {ranks.world_size}",
-        "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
-    }
 
 
 @contextlib.contextmanager

@@ -46,7 +46,9 @@ def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias (…, N) for x (…, K), weight (N, K) and bias (N,), without gradients, in any strides."""
     if runs_on_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), weight, bias, "none", [], "")
+        # no view, as torch's own: what is added to one in place, such as LoRA's update, would cost its gradient a copy
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
     return F.linear(x, weight, bias)
 
 
@@ -56,14 +58,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return product(x, weight, bias)
-    if x.dim() == 2:  # no view: one that is added to in place, as by LoRA, costs its gradient a copy
-        return _linear(x, weight, bias)
-    return _linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    return _linear(x, weight, bias)
 
 
 @torch.library.custom_op("groundup::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, K), weight (N, K), bias (N,) → (M, N)."""
+    """x (…, K), weight (N, K), bias (N,) → (…, N)."""
     return product(x, weight, bias)
 
 
@@ -82,7 +82,7 @@ def _linear_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
 
 @_linear.register_fake
 def _(x, weight, bias):
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 @torch.library.custom_op("groundup::linear_backward", mutates_args=())
@@ -91,7 +91,7 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight; one not wanted is empty."""
     d_x = product(upstream, weight.t()) if want_x else x.new_empty(0)
-    d_weight = product(upstream.t(), x.t()) if want_weight else x.new_empty(0)
+    d_weight = product(upstream.flatten(0, -2).t(), x.flatten(0, -2).t()) if want_weight else x.new_empty(0)
     return d_x, d_weight
 
 
@@ -112,7 +112,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, upstream):
     want_x, want_weight, want_bias = ctx.needs_input_grad
     d_x, d_weight = _linear_backward(upstream, *ctx.saved_tensors, want_x, want_weight)
-    return d_x if want_x else None, d_weight if want_weight else None, upstream.sum(0) if want_bias else None
+    return d_x if want_x else None, d_weight if want_weight else None, upstream.flatten(0, -2).sum(0) if want_bias else None
 
 
 _linear.register_autograd(_backward, setup_context=_save)

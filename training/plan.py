@@ -14,6 +14,7 @@ import torch
 
 from adapters.lora import ALL_LINEAR, block_linears
 from adapters.token_rows import padded
+from dataprep.tokenizers import Tokenizer
 from errors import UserError
 from families.new_models import MIXTURES, parts_of_new
 from families.task_names import TASKS
@@ -64,6 +65,16 @@ class RunPlan:
     def seconds(self, flops_per_second: float) -> float:
         """Time of the whole run at this many useful FLOP/s on each rank."""
         return self.total_flops / (flops_per_second * self.world_size)
+
+
+def shape_of(
+    config: TrainConfig, base: ModelConfig | None, tokenizer: Tokenizer, max_length: int, num_new_tokens: int = 0
+) -> ModelConfig:
+    """A run's model: the base's shape, which longer rows and new tokens make larger, or that of the options."""
+    if base:
+        return grown(base, max_length, tokenizer.vocab_size if num_new_tokens else 0)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.begin_id
+    return model_shape(config, tokenizer.vocab_size, max_length, *ends)
 
 
 def model_shape(

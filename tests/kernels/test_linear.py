@@ -79,7 +79,8 @@ def test_the_compiler_takes_it(pays):
 
 
 def test_the_result_may_be_added_to_in_place(pays):
-    """As LoRA's update is."""
+    """As LoRA's update is; of a view, autograd would copy the gradient for that."""
+    assert not linear(drawn(2, 16, 24).requires_grad_(), drawn(40, 24))._is_view()
     x, weight, low = drawn(32, 24), drawn(40, 24), drawn(32, 40)
     found = results(lambda x, weight, _: linear(x, weight).add_(low), x, weight, None, ("x", "weight"))
     wanted = results(lambda x, weight, _: F.linear(x, weight) + low, x, weight, None, ("x", "weight"))
