@@ -41,10 +41,10 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         self.experts_per_token, self.normalise = experts_per_token, normalise
 
-    def forward(self, x: Tensor, implementation: str, routing: list[Routing] | None) -> Tensor:
-        """(B, T, H) of x (B, T, H). implementation: of SwiGLU. routing: a list that takes in what the router did."""
+    def forward(self, x: Tensor, implementation: str, with_routing: bool) -> tuple[Tensor, Routing | None]:
+        """(B, T, H) of x (B, T, H), and what the router did, with_routing. implementation: of SwiGLU."""
         batch, length, hidden = x.shape
-        shares, chosen = self.route(x, routing)  # (B·T, k) twice
+        shares, chosen, routing = self.route(x, with_routing)  # (B·T, k) twice
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         counts = counts.index_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
         order = chosen.flatten().argsort(stable=True)  # the copies of tokens, by expert
@@ -58,7 +58,7 @@ class Experts(nn.Module):
         packed = grouped_linear(grouped, gate_up, ends, implementation=way)  # (B·T·k, 2F)
         out = grouped_linear(swiglu(packed, implementation=implementation), down, ends, implementation=way)
         out = Permuted.apply(out, order.argsort()).view(-1, self.experts_per_token, hidden)
-        return (out * shares[..., None].to(dtype)).sum(1).view(batch, length, hidden)
+        return (out * shares[..., None].to(dtype)).sum(1).view(batch, length, hidden), routing
 
     @property
     def num_experts(self) -> int:
@@ -68,7 +68,7 @@ class Experts(nn.Module):
         """gate_up_proj and down_proj in `dtype`."""
         return self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
 
-    def route(self, x: Tensor, routing: list[Routing] | None) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor, with_routing: bool) -> tuple[Tensor, Tensor, Routing | None]:
         """(shares, experts), each (B·T, k), of the experts that work on each token, the largest share first."""
         batch, length, _ = x.shape
         with torch.autocast(x.device.type, enabled=False):
@@ -76,12 +76,13 @@ class Experts(nn.Module):
             logits = F.linear(x.to(wide), self.gate.weight.to(wide))  # (B, T, E)
         probs = logits.softmax(-1)
         shares, chosen = probs.topk(self.experts_per_token, dim=-1)
-        if routing is not None:
+        routing = None
+        if with_routing:
             counts = torch.zeros_like(probs[:, 0]).scatter_add(1, chosen.flatten(1), torch.ones_like(shares).flatten(1))
-            routing.append(Routing(counts.detach(), probs.sum(1), logits.logsumexp(-1).square().sum(1)))
+            routing = Routing(counts.detach(), probs.sum(1), logits.logsumexp(-1).square().sum(1))
         if self.normalise:
             shares = shares / shares.sum(-1, keepdim=True)
-        return shares.view(batch * length, -1), chosen.view(batch * length, -1)
+        return shares.view(batch * length, -1), chosen.view(batch * length, -1), routing
 
 
 class Permuted(torch.autograd.Function):

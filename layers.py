@@ -35,7 +35,7 @@ class Shared(NamedTuple):
 
     rotary: cos and sin by kind of layer; empty where no layer turns. masks: who may see whom, by kind of layer.
     cache: what keys and values are appended to. dropout: its probability, and token_keys (B, T), which decide on it.
-    routing: takes in what each layer's router did, where that is asked for.
+    with_routing: whether blocks say what their routers did.
     """
 
     rotary: dict[str, tuple[Tensor, Tensor]]
@@ -44,7 +44,7 @@ class Shared(NamedTuple):
     kernels: KernelChoice
     dropout: float = 0.0
     token_keys: Tensor | None = None
-    routing: list[Routing] | None = None
+    with_routing: bool = False
 
     def dropped(self, x: Tensor, stream: int) -> Tensor:
         """x with elements zeroed as dropout says; `stream` is another number for each use."""
@@ -249,8 +249,8 @@ class MixtureMLP(Experts):
             config.normalise_routing,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, shared: Shared) -> Tensor:  # type: ignore[override]  # as MLP's
-        return super().forward(x, shared.kernels.swiglu, shared.routing)
+    def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Routing | None]:  # type: ignore[override]  # as MLP's
+        return super().forward(x, shared.kernels.swiglu, shared.with_routing)
 
 
 def activation(x: Tensor, name: str) -> Tensor:
@@ -294,8 +294,10 @@ class Block(nn.Module):
         if config.norm_position != "before":
             self.post_feedforward_layernorm = norm_of(config, config.hidden_size)
 
-    def forward(self, x: Tensor, update: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor | None]:
-        """The residual stream (B, T, H), and what is still to be added to it (None: nothing); the same two."""
+    def forward(self, x: Tensor, update: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor | None, Routing | None]:
+        """The residual stream (B, T, H), and what is still to be added to it (None: nothing); the same two, and what the router
+        did, if that is asked for: a result like the others, since who gathers weights for the backward pass looks at results.
+        """
         position, kernel = self.norm_position, shared.kernels.rms_norm
         if hasattr(self, "input_layernorm"):
             normed, x = self.input_layernorm.add(x, update, kernel)
@@ -304,18 +306,24 @@ class Block(nn.Module):
         update = self.scaled(self.self_attn(normed, shared), shared, 2 * self.layer)
         if position == "before":
             normed, x = self.post_attention_layernorm.add(x, update, kernel)
-            return x, self.scaled(self.mlp(normed, shared), shared, 2 * self.layer + 1)
+            update, routing = self.mlp_update(normed, shared)
+            return x, update, routing
         if position == "on_sum":
             x = self.post_attention_layernorm.in_its_dtype(x + update)
-            update = self.scaled(self.mlp(x, shared), shared, 2 * self.layer + 1)
-            return self.post_feedforward_layernorm.in_its_dtype(x + update), None
+            update, routing = self.mlp_update(x, shared)
+            return self.post_feedforward_layernorm.in_its_dtype(x + update), None, routing
         update = self.post_attention_layernorm(update, kernel)
         if position == "both":
             normed, x = self.pre_feedforward_layernorm.add(x, update, kernel)
         else:
             normed = x = x + update
-        update = self.scaled(self.mlp(normed, shared), shared, 2 * self.layer + 1)
-        return x, self.post_feedforward_layernorm(update, kernel)
+        update, routing = self.mlp_update(normed, shared)
+        return x, self.post_feedforward_layernorm(update, kernel), routing
+
+    def mlp_update(self, x: Tensor, shared: Shared) -> tuple[Tensor, Routing | None]:
+        found = self.mlp(x, shared)
+        update, routing = found if isinstance(found, tuple) else (found, None)
+        return self.scaled(update, shared, 2 * self.layer + 1), routing
 
     def scaled(self, update: Tensor, shared: Shared, stream: int) -> Tensor:
         """A sub-layer's result as it is added: after dropout, times Granite's residual multiplier."""

@@ -32,6 +32,7 @@ from kernels.rotary import BY_LENGTH, rotary_tables
 from layers import Block, PredictionHead, Shared, compute_dtype, norm_of
 from model_config import FULL, SLIDING, ModelConfig
 from paths import inside
+from sharding import fill
 
 # ---------------------------------------------------------------------------------------------------------- transformer
 
@@ -128,16 +129,16 @@ class Transformer(nn.Module):
         elif positions is None:
             positions = torch.arange(past, past + length, device=input_ids.device)[None]  # (1, T)
         x = self.embedded(input_ids, positions, token_types)  # (B, T, H)
-        routing: list[Routing] | None = [] if with_routing else None
         shared = Shared(
             self._rotary(positions, past + length, cu_seqlens),
             self._masks(x, past, cu_seqlens, max_seqlen),
-            cache, self.kernels, self.dropout if self.training else 0.0, self.token_keys,
-            routing,
+            cache, self.kernels, self.dropout if self.training else 0.0, self.token_keys, with_routing,
         )  # fmt: skip
         x, update = shared.dropped(x, 2 * self.config.num_hidden_layers), None
+        routing: list[Routing] = []
         for block in self.model.layers:
-            x, update = block(x, update, shared)
+            x, update, routed = block(x, update, shared)
+            routing += [] if routed is None else [routed]
         if cache is not None:
             cache.length += length
         if self.config.final_norm:
@@ -252,7 +253,7 @@ class Transformer(nn.Module):
             weight = _draw(seed, name, parameter.shape, std)
             if name in ("model.embed_tokens.weight", "lm_head.weight") and num_real_tokens is not None:
                 weight[num_real_tokens:] = 0.0
-            parameter.copy_(weight)
+            fill(parameter, weight)
 
 
 def _draw(seed: int, name: str, shape: torch.Size, std: float) -> Tensor:
@@ -309,9 +310,12 @@ class KVCache:
 
 
 def load_pretrained(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Transformer:
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    spread: Callable[[nn.Module], None] | None = None,
+) -> Transformer:  # fmt: skip
     """A Hugging Face folder (config.json and model.safetensors, or its shards with an index) as a Transformer.
+
+    spread: leaves this rank a part of the parameters, before there is memory for any.
 
     Raises UserError naming the file and the tensor when something is missing, left over, of the wrong shape or broken.
     """
@@ -319,7 +323,10 @@ def load_pretrained(
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
-    model.to(dtype).to_empty(device=device)  # cast first: never more than one copy in memory
+    model.to(dtype)
+    if spread:
+        spread(model)
+    model.to_empty(device=device)  # after the cast: never more than one copy in memory
     with torch.no_grad():
         load_weights(folder, model)
     return model
@@ -344,7 +351,7 @@ def load_weights(folder: Path, model: Transformer) -> None:
                 if weight.shape != target.shape:
                     shapes = f"{tuple(weight.shape)}, but config.json asks for {tuple(target.shape)}"
                     raise UserError(f"{path}: {found_as} has the shape {shapes}")
-                target.copy_(weight)
+                fill(target, weight)
 
 
 def stored_names(folder: Path, config: ModelConfig) -> dict[str, tuple[Path, str]]:

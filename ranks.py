@@ -41,6 +41,14 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        if self.world_size == 1:
+            return value
+        most = torch.tensor(value)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
 
 def start_ranks(device_name: str) -> Ranks:
     """Join the process group that torchrun (or any launcher that sets its variables) announces, else be alone.

@@ -34,6 +34,7 @@ from errors import UserError, run_script
 from generation.sampling import stream_text
 from kernels.attention_backends import describe_attention
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
+from sharding import gathered, padded, whole
 from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.classify import Classify
 from stages.grpo import GRPO
@@ -44,7 +45,7 @@ from training.description import describe_run, git_commit, next_command, version
 from training.loading import build_model, checkpoint_parts, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Figures, Metrics, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
 from training.numerics import choose_numerics, machine_lines
-from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets
+from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets, sharding_of
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
 from training.precision import LossScaler, Precision
 from training.resume import check_data_order, find_checkpoint
@@ -132,6 +133,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     # ------------------------------------------------------------------------------------------------------------- plan
     tokenizer = data.tokenizer
     shape = shape_of(config, base_shape, tokenizer, data.max_length, data.num_new_tokens)
+    shard = sharding_of(config, ranks)
     plan = plan_run(
         config, shape, max_length=data.max_length, world_size=ranks.world_size,
         half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
@@ -152,7 +154,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     raw_model = build_model(
         config, shape, base, resumed_from, kernels=kernels, num_real_tokens=tokenizer.vocab_size,
         num_new_tokens=data.num_new_tokens, device=ranks.device, precision=precision,
-        rows=plan.micro_batch_size * data.max_length, task=data.task.task if data.task else None,
+        rows=plan.micro_batch_size * data.max_length, task=data.task.task if data.task else None, shard=shard,
     )  # fmt: skip
     optimizers = make_optimizers(config, raw_model, resumed_from, precision)
     scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
@@ -269,13 +271,13 @@ class Run:
     def backward(self, micro_batches: list[MicroBatch], total_weight: float) -> Metrics:
         """Forward and backward over this rank's micro-batches; gradients become those of Σ loss / total_weight over all ranks."""
         sums: Metrics = {}
-        for index, batch in enumerate(micro_batches):
-            with gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
+        for index, (batch, counts) in enumerate(passes := padded(micro_batches, self.model, self.ranks)):
+            with gradient_sync(self.model, enabled=index == len(passes) - 1):
                 with self.precision.autocast(self.ranks.device):
                     loss, metrics = self.stage.loss(self.model, batch.to(self.ranks.device))
-                # DDP averages over ranks; the mean wanted is over tokens, so its division is undone
-                (loss * (self.scaler.scale * (self.ranks.world_size / total_weight))).backward()
-            for name, (value, weight) in metrics.items():
+                # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone
+                (loss * (self.scaler.scale * (counts * self.ranks.world_size / total_weight))).backward()
+            for name, (value, weight) in metrics.items() if counts else ():
                 sums[name] = (sums[name][0] + value, sums[name][1] + weight) if name in sums else (value, weight)
         return sums
 
@@ -304,14 +306,14 @@ class Run:
         """One step of every optimizer with the gradients as they are; returns their norm before it is clipped."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler.enabled:
-            torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(gradients, (1.0 / self.scaler.scale).to(gradients[0].device))
+        grad_norm = whole(torch.nn.utils.get_total_norm(gradients)).to(self.ranks.device)
         if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, grad_norm)
         # a step without a finite gradient is left out on the device: weights and optimizer state keep their bits
         finite = torch.isfinite(grad_norm)
         for optimizer in self.optimizers:
-            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # where torch's own look for it
+            optimizer.found_inf = (~finite).float().to(gradients[0].device)  # type: ignore[attr-defined]  # torch's own look here
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor
             optimizer.step()
@@ -386,16 +388,12 @@ class Run:
             self.log.evaluation(step, time.perf_counter() - start, figures)
             if figures["val_loss"] is not None:
                 self.mark_if_best(step, figures["val_loss"])
-        if not self.ranks.is_main:
-            return
         if self.config.sample_prompt:
             self.log.status("sampling", step)
-            inner = unwrap(self.model)
-            text = stream_text(
-                getattr(inner, "policy", inner), self.data.tokenizer, self.config.sample_prompt,
-                max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=self.config.seed,
-            )  # fmt: skip
-            self.log.sample(step, self.config.sample_prompt, "".join(text))
+            with gathered(self.model):
+                self.sample(step)
+        if not self.ranks.is_main:
+            return
         from training.plots import (
             plot_runs,
         )  # here: it imports matplotlib for seconds, and a short run may draw nothing
@@ -406,6 +404,15 @@ class Run:
 
             names = self.stage.labels.names
             plot_confusion(self.stage.confusion, names, Path(self.config.save_dir) / "confusion.png", title="held out")
+
+    def sample(self, step: int) -> None:
+        if self.ranks.is_main:
+            inner = unwrap(self.model)
+            text = stream_text(
+                getattr(inner, "policy", inner), self.data.tokenizer, self.config.sample_prompt,
+                max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=self.config.seed,
+            )  # fmt: skip
+            self.log.sample(step, self.config.sample_prompt, "".join(text))
 
     def mark_if_best(self, step: int, loss: float) -> None:
         """Point `best` at this step's checkpoint if no evaluation of this run was lower. Every rank calls it."""

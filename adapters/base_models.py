@@ -39,6 +39,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     quantise: str | None = None,
     device: torch.device | str = "cpu",
+    spread: Callable[[nn.Module], None] | None = None,
 ) -> Transformer:
     """The model of a Hugging Face folder, to put adapters on: in `dtype`, its block linears in NF4 if quantise="nf4".
 
@@ -53,7 +54,7 @@ def load_base(
     if config.get("quantization_config"):
         return load_quantised(folder, dtype=dtype, device=device)
     if quantise is None:
-        return load_pretrained(folder, device, dtype)
+        return load_pretrained(folder, device, dtype, spread)
     shape = ModelConfig.from_hf(config)
     holders, family = stored_names(folder, shape), shape.family
 

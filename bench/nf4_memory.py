@@ -85,7 +85,7 @@ def own_layer(part: str, shape: Shape, way: str, device: torch.device, dtype: to
     shared = Shared({FULL: tables}, {FULL: None}, None, kernels)
     if part == "mlp":
         return block.mlp, lambda x: block.mlp(x, shared)
-    return block, lambda x: torch.add(*block(x, None, shared))
+    return block, lambda x: torch.add(*block(x, None, shared)[:2])
 
 
 def keeping_the_decoded_weight(layer: LoraLinear, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from errors import UserError
 from families.weights import stored_path
 from paths import inside
 from ranks import unwrap
+from sharding import fill, like
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _newest_whole(save_dir: Path) -> Resolved:
 
 
 def load_model(path: str | os.PathLike, model: nn.Module) -> None:
-    """Copy a checkpoint's weights into `model` (any device, DDP or not); every rank reads the files itself.
+    """Copy a checkpoint's weights into `model` (any device, in DDP, sharded or plain); every rank reads the files itself.
 
     Raises UserError naming the tensors that are missing, unexpected or of another shape; then `model` is untouched.
     """
@@ -111,7 +112,7 @@ def load_model(path: str | os.PathLike, model: nn.Module) -> None:
     for file in files:
         with torch.no_grad(), _open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                targets[name].copy_(tensors.get_tensor(name))
+                fill(targets[name], tensors.get_tensor(name))
 
 
 def load_optimizers(path: str | os.PathLike, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -122,6 +123,7 @@ def load_optimizers(path: str | os.PathLike, model: nn.Module, optimizers: list[
     """
     path = Path(path)
     names = parameter_names(model)
+    parameters = {names[id(p)]: p for one in optimizers for group in one.param_groups for p in group["params"]}
     state: dict[str, dict[str, Tensor]] = {}
     with _open_tensors(path / OPTIMIZER) as tensors:
         written_with = (tensors.metadata() or {}).get("optimizers", "")
@@ -130,20 +132,21 @@ def load_optimizers(path: str | os.PathLike, model: nn.Module, optimizers: list[
         for key in tensors.keys():  # noqa: SIM118 - not a dict
             parameter_name, _, state_name = key.rpartition(".")
             # A copy, because safetensors hands out memory that is mapped from the file.
-            state.setdefault(parameter_name, {})[state_name] = tensors.get_tensor(key).clone()
+            value, parameter = tensors.get_tensor(key).clone(), parameters.get(parameter_name)
+            if parameter is not None and value.ndim:
+                if value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)} there, {tuple(parameter.shape)} here"
+                    raise UserError(f"checkpoint {path}: {key} is {shapes}")
+                value = like(value, parameter)
+            state.setdefault(parameter_name, {})[state_name] = value
 
     for optimizer in optimizers:
         packed = optimizer.state_dict()
         packed["state"] = {}
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, parameter in enumerate(parameters):
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             restored = state.pop(names[id(parameter)], None)
             if restored is None:  # it had no gradient when the checkpoint was written
                 continue
-            for state_name, tensor in restored.items():
-                if tensor.ndim and tensor.shape != parameter.shape:
-                    shapes = f"{tuple(tensor.shape)} there, {tuple(parameter.shape)} here"
-                    raise UserError(f"checkpoint {path}: {names[id(parameter)]}.{state_name} is {shapes}")
             packed["state"][index] = restored
         optimizer.load_state_dict(packed)
     if state:

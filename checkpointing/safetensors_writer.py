@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sharding import whole
+
 READ_BYTES = 16 << 20
 
 _DTYPE_NAMES = {
@@ -33,7 +35,10 @@ _DTYPE_NAMES = {
 
 
 def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file holding `tensors` (any device), piece by piece; the same for the same tensors."""
+    """The bytes of a safetensors file holding `tensors` (any device), piece by piece; the same for the same tensors.
+
+    Those of which each rank holds a part are put together one by one: every rank goes through the pieces then.
+    """
     # Wide types first: then every tensor begins at a multiple of its element size, as memory mapping wants.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": metadata}
@@ -48,7 +53,7 @@ def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     encoded += b" " * (-len(encoded) % 8)
     yield struct.pack("<Q", len(encoded)) + encoded
     for name in names:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        flat = whole(tensors[name].detach()).cpu().contiguous().reshape(-1)
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data
 

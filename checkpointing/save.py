@@ -47,6 +47,7 @@ from checkpointing.save_folder import (
 from checkpointing.tensors import model_tensors, optimizer_names, optimizer_tensors, rng_state
 from paths import is_plain_name
 from ranks import unwrap
+from sharding import is_sharded
 
 MAX_SHARD_BYTES = 5_000_000_000  # where Hugging Face tools split
 Files = dict[str, Iterable[bytes | memoryview]]  # by name, each as its bytes piece by piece
@@ -82,10 +83,11 @@ def save_checkpoint(
 ) -> SaveResult:
     """Publish `save_dir/checkpoint_step_{step}`. Every rank calls it; rank 0 writes; every rank gets the same result.
 
-    `model` may be wrapped in DDP and compiled in place; it has `.config.to_hf()`. `state` is what the loop wants back
-    from `load_state`: JSON values, without the names that are added here: format, step, world_size, rng. `files` are
-    further files by name, such as the tokenizer's. The newest `keep_checkpoints` whole checkpoints are kept (0 or None:
-    all), and always the one just written and the one `best` points to.
+    `model` may be wrapped in DDP, sharded, and compiled in place; it has `.config.to_hf()`. What the ranks hold parts of is
+    put together tensor by tensor, so that none has all of it in memory. `state` is what the loop wants back from
+    `load_state`: JSON values, without the names that are added here: format, step, world_size, rng. `files` are further
+    files by name, such as the tokenizer's. The newest `keep_checkpoints` whole checkpoints are kept (0 or None: all), and
+    always the one just written and the one `best` points to.
 
     part: the module in `model` that config.json and the weights are of (default: all of it). adapter: files of a PEFT
     folder, which are written in place of these, whose weights are frozen and lie elsewhere. beside: further large files,
@@ -105,14 +107,20 @@ def save_checkpoint(
     if config is not None:
         small_files[GENERATION_CONFIG] = _json_bytes(_generation_config(config, stop_ids))
 
+    described = {"format": "pt", "optimizers": optimizer_names(optimizers)}
+    large_files = {**(adapter or {}), **(beside or {}), OPTIMIZER: safetensors_chunks(optimizer_state, described)}
+
     def write() -> SaveResult:
         temporary = temporary_path(save_dir, f"step_{step}")
+        writer = Writer()
         try:
-            temporary.mkdir()
-            described = {"format": "pt", "optimizers": optimizer_names(optimizers)}
-            optimizer = {OPTIMIZER: safetensors_chunks(optimizer_state, described)}
-            large_files = {**(adapter or {}), **(beside or {}), **optimizer}
-            entries = _write_files(temporary, small_files, weights, large_files, max_shard_bytes)
+            try:
+                temporary.mkdir()
+            except OSError as error:
+                writer.error = error
+            entries = _write_files(temporary, small_files, weights, large_files, max_shard_bytes, writer)
+            if writer.error is not None:
+                raise writer.error
             write_file(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "step": step, "files": entries})])
             fsync_folder(temporary)
             published = _publish(temporary, save_dir / f"checkpoint_step_{step}", entries)
@@ -123,7 +131,35 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         return SaveResult(True, published, _after_publishing(save_dir, published, keep_checkpoints))
 
-    return from_rank_0(write)
+    if not is_sharded(model):
+        return from_rank_0(write)
+    if dist.get_rank() == 0:
+        result = write()
+    else:  # go through the tensors as rank 0 does, which then has each of them whole in its turn
+        _write_files(save_dir, small_files, weights, large_files, max_shard_bytes, Writer(writes=False))
+    return from_rank_0(lambda: result)
+
+
+@dataclass
+class Writer:
+    """Writes files, or only goes through what they hold: always, or from the first error on, which it keeps.
+
+    Other ranks wait at each tensor that is put together of their parts: none may be left out.
+    """
+
+    writes: bool = True
+    error: OSError | None = None
+
+    def __call__(self, path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
+        chunks = iter(chunks)
+        if self.writes and self.error is None:
+            try:
+                return write_file(path, chunks)
+            except OSError as error:
+                self.error = error
+        for _ in chunks:
+            pass
+        return {}
 
 
 def _small_files(step: int, state: dict, files: dict[str, bytes], config: dict | None) -> dict[str, bytes]:
@@ -139,14 +175,15 @@ def _small_files(step: int, state: dict, files: dict[str, bytes], config: dict |
 
 
 def _write_files(
-    folder: Path, small_files: dict[str, bytes], weights: dict[str, Tensor], large_files: Files, max_shard_bytes: int
-) -> dict[str, dict]:
-    """All files but the manifest, whose entries it returns. Raises OSError."""
-    entries = {name: write_file(folder / name, [data]) for name, data in small_files.items()}
+    folder: Path, small_files: dict[str, bytes], weights: dict[str, Tensor], large_files: Files, max_shard_bytes: int,
+    writer: Writer,
+) -> dict[str, dict]:  # fmt: skip
+    """All files but the manifest, whose entries it returns."""
+    entries = {name: writer(folder / name, [data]) for name, data in small_files.items()}
     if weights:
         sizes = {name: tensor.nbytes for name, tensor in weights.items()}
-        entries |= write_weights(folder, sizes, lambda names: {n: weights[n] for n in names}, max_shard_bytes)
-    return entries | {name: write_file(folder / name, chunks) for name, chunks in large_files.items()}
+        entries |= write_weights(folder, sizes, lambda names: {n: weights[n] for n in names}, max_shard_bytes, writer)
+    return entries | {name: writer(folder / name, chunks) for name, chunks in large_files.items()}
 
 
 def write_weights(
@@ -154,6 +191,7 @@ def write_weights(
     sizes: Mapping[str, int],
     build: Callable[[list[str]], dict[str, Tensor]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    write: Callable[[Path, Iterable[bytes | memoryview]], dict] = write_file,
 ) -> dict[str, dict]:
     """model.safetensors, or shards of at most `max_shard_bytes` (a larger weight has its own) and their index, in `folder`.
 
@@ -173,11 +211,11 @@ def write_weights(
     for number, names in enumerate(shards, start=1):
         file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = build(names)
-        entries[file_name] = write_file(folder / file_name, safetensors_chunks(tensors, {"format": "pt"}))
+        entries[file_name] = write(folder / file_name, safetensors_chunks(tensors, {"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        entries[WEIGHTS_INDEX] = write_file(folder / WEIGHTS_INDEX, [_json_bytes(index)])
+        entries[WEIGHTS_INDEX] = write(folder / WEIGHTS_INDEX, [_json_bytes(index)])
     return entries
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from families.weights import stored_views
 from ranks import unwrap
+from sharding import is_part
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -24,10 +25,11 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in unwrap(model).state_dict().items():
         if "_orig_mod." in name:
             raise ValueError(f"{name}: compile in place, model.compile(); torch.compile(model) renames the weights")
-        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and identity in seen:
-            continue
-        seen.add(identity)
+        if tensor.numel() and not is_part(tensor):  # whose parts may be empty, and of which no two are tied
+            identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if identity in seen:
+                continue
+            seen.add(identity)
         tensors |= stored_views(unwrap(model).config.family, name, tensor)
     return tensors
 

@@ -22,6 +22,7 @@ from errors import UserError
 from finetune_data.encoding_examples import ENDS_SIDE
 from kernels.linear_cross_entropy import token_statistics
 from ranks import Ranks, unwrap
+from sharding import in_step
 from stages import preference_losses
 from stages.preference_losses import PAIR_LOSSES, WITHOUT_REFERENCE, Pairs
 from training.examples_data import ExampleData, ExampleFeed, Group, Metrics, pack_examples, without_dropout
@@ -77,14 +78,17 @@ def reference_logprobs(
 
     Every rank calls it, computes its part and gets the whole. On a terminal the first one shows how far it is.
     """
-    inner, counts = unwrap(model), [len(group) for group in data.groups]
-    begin, end = (len(counts) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
-    found = np.zeros(sum(counts))
-    place = first = sum(counts[:begin])
-    progress, started, share = Progress(), time.monotonic(), sum(counts[begin:end])
+    inner, sizes = unwrap(model), [len(group) for group in data.groups]
+    part = ranks.part(len(sizes))
+    found = np.zeros(sum(sizes))
+    place = first = sum(sizes[: part.start])
+    progress, started, share = Progress(), time.monotonic(), sum(sizes[part])
+    own = pack_examples(data.groups[part], max_length, micro_batch_size)
     with torch.no_grad(), without_dropout(inner), precision.autocast(ranks.device):
-        for batch in pack_examples(data.groups[begin:end], max_length, micro_batch_size):
+        for batch, counts in in_step(own, inner, ranks, lambda: pack_examples(data.groups[:1], max_length, 1)[0]):
             logprobs = sequence_logprobs(inner, batch.to(ranks.device)).float().cpu().numpy()
+            if not counts:
+                continue
             found[place : place + len(logprobs)] = logprobs
             place += len(logprobs)
             if ranks.is_main:
@@ -258,12 +262,17 @@ class KTO:
     def _kl(self, mismatches: list[Group]) -> float:
         """Over all ranks, so each must call it."""
         inner, feed = unwrap(self.model), self.feed
+        any_mismatch = feed.data.groups[0][1]
         total, count = 0.0, 0
         with without_dropout(inner):
-            for batch in feed.pack(mismatches):
+            for batch, counts in in_step(
+                feed.pack(mismatches), inner, feed.ranks, lambda: feed.pack([[any_mismatch]])[0]
+            ):
                 batch = batch.to(feed.ranks.device)
                 with feed.precision.autocast(feed.ranks.device):
                     ratios = sequence_logprobs(inner, batch) - reference_of(inner, batch)
+                if not counts:
+                    continue
                 total += ratios.double().sum().item()
                 count += len(ratios)
         return preference_losses.kl_estimate(*feed.ranks.sum([total, count]))

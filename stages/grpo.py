@@ -42,6 +42,7 @@ from generation.rollouts import (
 )
 from model import Transformer
 from ranks import Ranks, unwrap
+from sharding import gathered
 from stages.advantages import group_advantages, kl_estimate, kl_loss
 from stages.rewards import (
     Reward,
@@ -137,7 +138,8 @@ class GRPO:
         """
         phase, first_step = self.schedule.locate(first_sample)
         while True:
-            groups = self._roll_out(phase)
+            with gathered(self.model):
+                groups = self._roll_out(phase)
             for step in range(first_step, self.schedule.steps_per_phase):
                 chosen = [one for place in self.schedule.members(phase, step) for one in groups[place]]
                 yield self._micro_batches(chosen)
@@ -279,7 +281,8 @@ class GRPO:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """The rewards of one answer to each held-out prompt, of `eval_samples` or of all, as `some_and_all` says."""
-        return some_and_all(self._evaluate, self.eval_prompts, self.eval_samples, everything)
+        with gathered(self.model):
+            return some_and_all(self._evaluate, self.eval_prompts, self.eval_samples, everything)
 
     def _evaluate(self, prompts: SequenceOf[Prompt]) -> Figures:
         with self.precision.autocast(self.ranks.device):

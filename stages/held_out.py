@@ -13,6 +13,7 @@ from torch import nn
 
 from batches.micro_batch import MicroBatch
 from ranks import Ranks, unwrap
+from sharding import in_step
 from training.examples_data import ExampleFeed, without_dropout
 
 T = TypeVar("T")
@@ -28,9 +29,10 @@ def over_held_out(
     """What `judge` makes of each micro-batch, in the precision of the run and without dropout."""
     inner, found = unwrap(model), []
     with without_dropout(inner):
-        for batch in batches:
+        for batch, counts in in_step(batches, inner, feed.ranks, feed.idle):
             with feed.precision.autocast(feed.ranks.device):
-                found.append(judge(inner, batch.to(feed.ranks.device)))
+                judged = judge(inner, batch.to(feed.ranks.device))
+            found += [judged] * counts
     return found
 
 

@@ -26,6 +26,7 @@ from batches.sentence_pairs import NOT_NEXT, TOKEN_TYPES, SentencePairs
 from batches.windows import TrainingData, Windows, evaluation_micro_batches
 from kernels.linear_cross_entropy import linear_cross_entropy, token_statistics
 from ranks import Ranks, unwrap
+from sharding import in_step
 from stages.pretrain import use_row_keys, with_row_keys
 from training.examples_data import SAMPLE_KEY, without_dropout
 from training.metrics import Figures, Metrics, mean
@@ -118,18 +119,19 @@ class MLM:
         names = ["loss", "masked_accuracy"]
         names += ["next_sentence_loss", "next_sentence_accuracy"] * isinstance(self.validation, SentencePairs)
         sums = {name: [0.0, 0.0] for name in names}
-        for batch in self._evaluation_batches(max_tokens):
-            with self.precision.autocast(self.ranks.device):
-                _, metrics = self.loss(unwrap(model), batch.to(self.ranks.device))
-            for name, parts in metrics.items():
+        inner, ranks = unwrap(model), self.ranks
+        own = self._evaluation_batches(max_tokens, ranks.rank, ranks.world_size)
+        for batch, counts in in_step(own, inner, ranks, idle=lambda: next(self._evaluation_batches(max_tokens, 0, 1))):
+            with self.precision.autocast(ranks.device):
+                _, metrics = self.loss(inner, batch.to(ranks.device))
+            for name, parts in metrics.items() if counts else ():
                 sums[name] = [before + float(new) for before, new in zip(sums[name], parts, strict=True)]
-        flat = iter(self.ranks.sum([part for name in names for part in sums[name]]))
+        flat = iter(ranks.sum([part for name in names for part in sums[name]]))
         return {f"val_{name}": mean(next(flat), next(flat)) for name in names}
 
-    def _evaluation_batches(self, max_tokens: int) -> Iterator[MicroBatch]:
-        """This rank's part of the rows, masked."""
+    def _evaluation_batches(self, max_tokens: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
+        """A rank's part of the rows, masked."""
         assert self.validation is not None
-        rank, world_size = self.ranks.rank, self.ranks.world_size
         part = self.micro_batch_size, max_tokens, rank, world_size
         if isinstance(self.validation, SentencePairs):
             batches = self.validation.evaluation_micro_batches(*part)

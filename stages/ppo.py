@@ -40,6 +40,7 @@ from generation.rollouts import (
 )
 from model import Transformer
 from ranks import Ranks, unwrap
+from sharding import gathered
 from stages.advantages import adapted_kl_coefficient, generalised_advantages, kl_estimate, pad_rows, whiten
 from stages.rewards import (
     Reward,
@@ -127,7 +128,8 @@ class PPO:
         while True:
             if first_step == 0:  # else the phase was begun before, with the β that was restored
                 self.kl_coefficient = self._next_kl_coefficient
-            sequences = self._roll_out(phase)
+            with gathered(self.model):
+                sequences = self._roll_out(phase)
             for step in range(first_step, self.schedule.steps_per_phase):
                 yield own_micro_batches(
                     [sequences[place] for place in self.schedule.members(phase, step)], self.ranks,
@@ -258,7 +260,8 @@ class PPO:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, everything: bool) -> Figures:
         """The rewards of one answer to each held-out prompt, of `eval_samples` or of all, as `some_and_all` says."""
-        return some_and_all(self._evaluate, self.eval_prompts, self.eval_samples, everything)
+        with gathered(self.model):
+            return some_and_all(self._evaluate, self.eval_prompts, self.eval_samples, everything)
 
     def _evaluate(self, prompts: SequenceOf[Prompt]) -> Figures:
         with self.precision.autocast(self.ranks.device), self.model.acting() as policy:

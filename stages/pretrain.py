@@ -21,6 +21,7 @@ from dataprep.token_bytes import TokenBytes
 from experts import Routing, balancing_losses, expert_figures, z_losses
 from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import Ranks, unwrap
+from sharding import in_step
 from training.examples_data import SAMPLE_KEY, without_dropout
 from training.metrics import Figures, Metrics, mean
 from training.precision import Precision
@@ -110,13 +111,19 @@ class Pretrain:
         loss = torch.zeros((), dtype=torch.float64, device="cpu")
         weight = num_bytes = 0.0
         ranks = self.ranks
-        for batch in evaluation_micro_batches(
-            self.validation, self.micro_batch_size, max_tokens, ranks.rank, ranks.world_size, self.token_bytes
-        ):
-            weight += batch.weight
-            num_bytes += batch.token_columns[BYTES][batch.targets != IGNORE_INDEX].double().sum().item()
+
+        def batches(rank: int, world_size: int) -> Iterator[MicroBatch]:
+            part = self.micro_batch_size, max_tokens, rank, world_size
+            return evaluation_micro_batches(self.validation, *part, self.token_bytes)
+
+        own = batches(ranks.rank, ranks.world_size)
+        for batch, counts in in_step(own, inner, ranks, idle=lambda: next(batches(0, 1))):
             with self.precision.autocast(device):
                 _, metrics = self.loss(inner, batch.to(device))
+            if not counts:
+                continue
+            weight += batch.weight
+            num_bytes += batch.token_columns[BYTES][batch.targets != IGNORE_INDEX].double().sum().item()
             loss += metrics["loss"][0].double().cpu()
         loss_sum, weight, num_bytes = ranks.sum([loss.item(), weight, num_bytes])
         return {"val_loss": mean(loss_sum, weight), "val_bpb": mean(loss_sum / math.log(2), num_bytes)}

@@ -12,6 +12,7 @@ import pytest
 LAYERS = [
     {"errors"},
     {"arguments", "paths", "limits", "ranks"},
+    {"sharding"},
     {"kernels"},
     {"families"},
     {"model_config"},

@@ -47,7 +47,7 @@ def test_outputs_and_gradients_are_the_definitions(chosen, normalise):
     x = rows(2, 9, HIDDEN).requires_grad_()
     upstream = rows(2, 9, HIDDEN)
     found = []
-    for compute in (lambda: mlp(x, "torch", None), lambda: one_by_one(mlp, x)):
+    for compute in (lambda: mlp(x, "torch", False)[0], lambda: one_by_one(mlp, x)):
         mlp.zero_grad()
         x.grad = None
         out = compute()
@@ -65,23 +65,23 @@ def test_experts_without_tokens_and_one_with_all():
         mlp.gate.weight.zero_()
         mlp.gate.weight[3] = 1.0
     x = rows(2, 6, HIDDEN, dtype=torch.float32).abs()
-    mlp(x, "torch", None).sum().backward()
+    mlp(x, "torch", False)[0].sum().backward()
     met = mlp.down_proj.grad.abs().amax((1, 2)) > 0
     assert met.tolist() == [False, False, False, True, False]
-    torch.testing.assert_close(mlp(x, "torch", None), one_by_one(mlp, x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mlp(x, "torch", False)[0], one_by_one(mlp, x), atol=1e-5, rtol=0)
 
 
 def test_a_token_does_not_depend_on_its_neighbours():
     """The same bits in another order of rows."""
     mlp, x = an_mlp(torch.float32), rows(6, 8, HIDDEN, dtype=torch.float32)
     order = torch.tensor([3, 1, 5, 0, 4, 2])
-    torch.testing.assert_close(mlp(x[order], "torch", None), mlp(x, "torch", None)[order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(mlp(x[order], "torch", False)[0], mlp(x, "torch", False)[0][order], atol=1e-6, rtol=0)
 
 
 def test_compiled_is_eager():
     mlp, x = an_mlp(torch.float32), rows(2, 8, HIDDEN, dtype=torch.float32)
-    compiled = torch.compile(lambda x: mlp(x, "torch", None), fullgraph=True)
-    torch.testing.assert_close(compiled(x), mlp(x, "torch", None), atol=1e-5, rtol=0)
+    compiled = torch.compile(lambda x: mlp(x, "torch", False)[0], fullgraph=True)
+    torch.testing.assert_close(compiled(x), mlp(x, "torch", False)[0], atol=1e-5, rtol=0)
 
 
 def test_the_gradient_of_a_permutation_is_its_inverse():
@@ -90,10 +90,7 @@ def test_the_gradient_of_a_permutation_is_its_inverse():
 
 
 def routed(mlps: list[Experts], x: torch.Tensor) -> list[Routing]:
-    routing: list[Routing] = []
-    for mlp in mlps:
-        mlp(x, "torch", routing)
-    return routing
+    return [mlp(x, "torch", True)[1] for mlp in mlps]
 
 
 def test_the_balancing_loss_is_transformers_of_each_row():

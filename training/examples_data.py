@@ -19,6 +19,7 @@ from batches.packing import Sequence, pack
 from batches.sampler import SAMPLER_VERSION, hash_key, locate
 from kernels.dropout import GOLDEN, mix64
 from ranks import Ranks, unwrap
+from sharding import in_step, is_sharded
 from training.metrics import Figures, Metrics, mean
 from training.precision import Precision
 
@@ -102,6 +103,11 @@ class ExampleFeed:
         """Micro-batches that hold every sequence once, in order."""
         return pack_examples(groups, self.max_length, self.micro_batch_size)
 
+    def idle(self) -> MicroBatch:
+        """The first held-out example, for ranks that have none of their own."""
+        assert self.validation is not None
+        return self.pack(self.validation.groups[:1])[0]
+
     @torch.no_grad()
     def evaluate(
         self,
@@ -129,10 +135,13 @@ class ExampleFeed:
 
     def _means(self, model, groups, micro_batches, loss, names) -> Figures:
         sums = {metric: [0.0, 0.0] for metric in names}
-        for batch in micro_batches(groups[self.ranks.part(len(groups))]):
+        own = micro_batches(groups[self.ranks.part(len(groups))])
+        few = len(groups) < self.ranks.world_size and is_sharded(model)
+        spare = micro_batches(groups[:1]) if few else []  # by every rank, as KTO's are made by all together
+        for batch, counts in in_step(own, model, self.ranks, lambda: spare[0]):
             with self.precision.autocast(self.ranks.device):
                 _, metrics = loss(model, batch.to(self.ranks.device))
-            for metric in names:
+            for metric in names if counts else ():
                 sums[metric] = [before + float(new) for before, new in zip(sums[metric], metrics[metric], strict=True)]
         flat = iter(self.ranks.sum([part for metric in names for part in sums[metric]]))
         return {name: mean(next(flat), next(flat)) for name in names.values()}

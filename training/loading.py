@@ -1,5 +1,6 @@
 """From what does a run's model start: from nothing, from another model, with adapters, or from its own checkpoint?"""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
 def build_model(
     config: TrainConfig, shape: ModelConfig, base: Path | None, checkpoint: Path | None, *,
     kernels: KernelChoice, num_real_tokens: int, device: torch.device, precision: Precision, rows: int, num_new_tokens: int = 0,
-    task: Task | None = None,
+    task: Task | None = None, shard: Callable[[nn.Module], None] | None = None,
 ) -> Transformer | ActorCritic:  # fmt: skip
     """The model of a run at its start, or as `checkpoint` holds it. base: the folder of --init_from, or None.
 
@@ -112,8 +113,14 @@ def build_model(
     rows: tokens of a micro-batch. Weights that learn are fp32; frozen ones are in the dtype that the run computes in, or
     NF4 with --load_in_4bit. A --reward_model that is an adapter over the same base becomes one more adapter, "reward".
     task: what the head of a model is for that classifies, tags or answers.
+    shard: leaves this rank a part of every parameter. A model of which all weights learn is never whole on any rank; one that
+    is put together of several parts is, in the host's memory, before it is shared out.
     """
     plain: Transformer
+    put_together = config.lora or config.stage in ("reward", "ppo") or task is not None or num_new_tokens > 0
+    spread = None if put_together else shard
+    if config.offload == "all" or (shard and put_together):
+        device = torch.device("cpu")
     if config.stage == "reward" or task is not None:
         assert base is not None
         dtype = precision.dtype if config.lora else torch.float32
@@ -126,7 +133,7 @@ def build_model(
     elif base is not None:
         frozen = "nf4" if config.load_in_4bit else None
         dtype = precision.dtype if config.lora else torch.float32
-        plain = load_base(base, dtype=dtype, quantise=frozen, device=device)
+        plain = load_base(base, dtype=dtype, quantise=frozen, device=device, spread=spread)
         # the run's rows may be longer than those that the base was trained on
         plain.config.max_position_embeddings = shape.max_position_embeddings
         plain.kernels = kernels
@@ -137,6 +144,8 @@ def build_model(
     else:
         with torch.device("meta"):  # no memory is touched twice, however large the model
             plain = Transformer(shape, kernels)
+        if spread:
+            spread(plain)
         plain.to_empty(device=device)
         if checkpoint is None:
             plain.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
@@ -146,17 +155,19 @@ def build_model(
     model: Transformer | ActorCritic = plain
     if config.lora:
         assert base is not None
-        model = _with_adapters(config, plain, base, rows)
+        model = _with_adapters(config, plain, base, None if shard else rows)
         if num_new_tokens:
             learn_rows(plain, range(num_real_tokens - num_new_tokens, num_real_tokens))
     elif config.stage == "ppo":
         model = ActorCritic(plain, _critic(config, plain, device))
     if checkpoint is not None:
         _load_parts(config, model, checkpoint)
+    if shard and put_together:
+        shard(model)
     return model
 
 
-def _with_adapters(config: TrainConfig, model: Transformer, base: Path, rows: int) -> Transformer | ActorCritic:
+def _with_adapters(config: TrainConfig, model: Transformer, base: Path, rows: int | None) -> Transformer | ActorCritic:
     """With the adapters that learn and, where --reward_model is one over the same base, the one that judges."""
     judge = reward_adapter(config, base)
     ppo = config.stage == "ppo"

@@ -8,6 +8,7 @@ from model_config import ModelConfig
 from ranks import Ranks
 from training.config import TrainConfig
 from training.description import device_name
+from training.parallel import describe_strategy
 from training.precision import Precision, choose_precision
 
 
@@ -34,5 +35,6 @@ def machine_lines(
         "kernels": describe_kernels(kernels, ranks.device, config.compile_model),
         "attention": attention,
         "device": f"{device_name(ranks.device)} x {ranks.world_size}",
+        **({"strategy": describe_strategy(config, ranks)} if ranks.world_size > 1 or config.strategy != "ddp" else {}),
         "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
     }

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sharding import is_part, like, whole
+
 OPTIMIZERS = ("adamw", "muon")
 
 # Coefficients of the quintic Newton-Schulz iteration: steepest at zero, so that five steps bring small singular values
@@ -100,8 +102,9 @@ class Muon(torch.optim.Optimizer):
     0.2·sqrt(max(rows, cols)), which gives the update the root mean square that AdamW's has: arXiv 2502.16982 §2.2.
 
     When torch.distributed runs with several ranks, every rank keeps every momentum (gradients are already averaged, so
-    they agree, and a checkpoint needs no gather), orthogonalises its share of the matrices and receives the others:
-    the same bits as one rank, because the matrices are batched in the same way (`MATRICES_PER_BATCH`).
+    they agree, and a checkpoint needs no gather), or of a sharded matrix its part. Each orthogonalises its share of the
+    matrices and receives the others: the same bits as one rank, because the matrices are batched in the same way
+    (`MATRICES_PER_BATCH`).
     """
 
     def __init__(
@@ -138,7 +141,7 @@ class Muon(torch.optim.Optimizer):
                     update = update.mT if _is_tall(parameter) else update
                     scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
                     decayed = parameter * (1.0 - group["lr"] * group["weight_decay"])
-                    _assign(parameter, decayed.add_(update, alpha=-group["lr"] * scale), skip)
+                    _assign(parameter, decayed.add_(like(update, parameter), alpha=-group["lr"] * scale), skip)
 
     def _orthogonal_updates(self, parameters: list[Tensor], momentum: float):
         """Yield (parameters, their updates (batch, short side, long side)); of W batches each rank computes one."""
@@ -147,10 +150,10 @@ class Muon(torch.optim.Optimizer):
         batches = _batches_of_equal_shape(parameters)
         for first in range(0, len(batches), ranks):
             shared = batches[first : first + ranks]
-            mine = shared[rank] if rank < len(shared) else None
-            updates = None if mine is None else self._orthogonalize(mine, momentum)
+            directions = self._directions(shared, rank, momentum)
+            updates = None if directions is None else orthogonalize(directions, self.iteration_dtype)
             if ranks == 1:
-                yield mine, updates
+                yield shared[rank], updates
                 continue
             shapes = [(len(batch), *_lying_shape(batch[0])) for batch in shared]
             for batch, shape, flat in zip(
@@ -168,14 +171,19 @@ class Muon(torch.optim.Optimizer):
         dist.all_gather(list(gathered.unbind()), mine)
         return gathered
 
-    def _orthogonalize(self, parameters: list[Tensor], momentum: float) -> Tensor:
-        directions = torch.stack([self._direction(parameter, momentum) for parameter in parameters])
-        return orthogonalize(directions, self.iteration_dtype)
+    def _directions(self, shared: list[list[Tensor]], rank: int, momentum: float) -> Tensor | None:
+        """Those of this rank's batch. Of sharded matrices all ranks put all directions together, one batch after another."""
+        mine = None
+        for place, batch in enumerate(shared):
+            if place == rank or is_part(batch[0]):
+                directions = torch.stack([self._direction(parameter, momentum) for parameter in batch])
+                mine = directions if place == rank else mine
+        return mine
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
         """The Nesterov direction, laid on its side (rows <= columns), where the Gram matrix is smallest."""
         assert parameter.grad is not None, "only parameters with a gradient have a direction"
-        direction = torch.lerp(parameter.grad, self.state[parameter]["momentum_buffer"], momentum)
+        direction = whole(torch.lerp(parameter.grad, self.state[parameter]["momentum_buffer"], momentum))
         return direction.mT if _is_tall(parameter) else direction
 
 

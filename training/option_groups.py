@@ -29,6 +29,7 @@ from training.option import (
 from training.schedule import SCHEDULES
 
 STAGES = ("pretrain", "mlm", "sft", "reward", "dpo", "grpo", "ppo", *TASKS)
+STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("auto", "bf16", "fp16", "none")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8},
@@ -56,6 +57,7 @@ PART_EVALUATED = Runs(
     lambda c: c.stage not in ("grpo", "ppo", *TASKS),
 )
 ADAPTERS = Runs("--lora", lambda c: c.lora)
+SHARDED = Runs("--strategy fsdp", lambda c: c.strategy == "fsdp")
 NEW = Runs("models trained from nothing (--init_from has a shape of its own)", lambda c: c.init_from is None)
 
 
@@ -340,6 +342,10 @@ class HardwareOptions:
     kernels: list[str] = option("auto, triton or torch; then, for single ones, operation=triton or operation=torch (operations: " + ", ".join(OPERATIONS) + "). auto: Triton on a GPU, and with --compile_model only where it beats the compiler", ["auto"])
     attention: str = option("back end of attention: auto (a varlen kernel for packed documents on a GPU, else sdpa), sdpa, varlen, flash-attn, fa3, fa4 or flex", "auto", choices=ATTENTION_BACKENDS)
     compile_model: bool = option("torch.compile the model in place", False)
+    strategy: str = option("how several ranks hold the model: ddp (each has all of it) or fsdp (each has a part of weights, gradients and optimizer state)", "ddp", choices=STRATEGIES)
+    shard_size: int | None = option("ranks that share one copy of the model, which divide the number of ranks (default: all of them)", None, bound=POSITIVE, read_by=SHARDED)
+    reshard_after_forward: bool = option("a block's weights are given up after its forward pass, and gathered again for its backward pass", True, read_by=SHARDED)
+    offload: str = option("none, or all: weights, gradients and optimizer state lie in the host's memory, which updates them", "none", choices=("none", "all"), read_by=SHARDED)
     peak_tflops: float | None = option("peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None, bound=POSITIVE)
 
 

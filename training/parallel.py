@@ -1,6 +1,11 @@
-"""How is the finished model wrapped for several ranks, and how do these end a step together?
+"""How do several ranks hold one model, and how do they end a step together?
 
-The order in which a finished model is changed is fixed here: compile in place, then DDP.
+ddp     each has all of it; gradients are averaged
+fsdp    each has a part of every weight, of its gradient and of its optimizer state, and a block's weights are gathered for
+        the time that it computes (Zhao et al. 2023, https://arxiv.org/abs/2304.11277; in torch as FSDP2)
+
+The order in which a model is changed is fixed here: sharded, where it starts on no device before it has weights, else when
+it has them; compiled in place; wrapped in DDP.
 """
 
 import contextlib
@@ -8,18 +13,95 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from errors import UserError
+from layers import Block
 from ranks import Ranks
+from sharding import gives_up_blocks, is_sharded
+from training.config import TrainConfig
+
+
+def shard_model(
+    model: nn.Module, ranks: Ranks, *, shard_size: int | None, reshard_after_forward: bool, offload: str
+) -> None:
+    """Leave each rank a part of every parameter, in place. The model may be on the meta device, and is then without weights.
+
+    shard_size: how many ranks share one copy of the model; each group of so many has a copy of its own (HSDP). Gradients
+    are reduced in fp32. What the blocks have not, embedding, head and last norm, stays gathered from the forward pass to
+    the end of the backward pass, as the loss reads the head's weight beside the model's forward. offload: "all" keeps
+    parts, gradients and optimizer state in the host's memory.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    size, kind = shard_size or ranks.world_size, ranks.device.type
+    copies = ranks.world_size // size
+    mesh = init_device_mesh(kind, (copies, size), mesh_dim_names=("copies", "parts"))
+    settings: dict[str, Any] = {
+        "mesh": mesh if copies > 1 else mesh["parts"],
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "shard_placement_fn": lambda parameter: _placement(parameter, size),
+        "offload_policy": CPUOffloadPolicy(pin_memory=kind == "cuda") if offload == "all" else OffloadPolicy(),
+    }
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in (*blocks, model):
+        reshards = reshard_after_forward and module is not model
+        fully_shard(module, reshard_after_forward=reshards, **settings)
+        module.reshards = reshards  # type: ignore[assignment]  # for sharding.gathered to put back
+    # what is gathered next in the backward pass is said, not learned from the forward passes before it, which may be more on
+    # one rank than on another: rank 0 draws samples
+    for module, before in zip((*blocks, model), (blocks[0], *blocks), strict=True):
+        module.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
+
+
+def sharding_of(config: TrainConfig, ranks: Ranks) -> Callable[[nn.Module], None] | None:
+    """`shard_model` as the options ask for it, or None for a model that is whole on each rank. UserError."""
+    if config.strategy != "fsdp" or ranks.world_size == 1:
+        return None
+    if ranks.world_size % (config.shard_size or 1):
+        raise UserError(f"--shard_size {config.shard_size} does not divide the number of ranks, {ranks.world_size}")
+    return partial(
+        shard_model, ranks=ranks, shard_size=config.shard_size, reshard_after_forward=config.reshard_after_forward,
+        offload=config.offload,
+    )  # fmt: skip
+
+
+def describe_strategy(config: TrainConfig, ranks: Ranks) -> str:
+    """One line for the start of a run."""
+    if ranks.world_size == 1:
+        return f"{config.strategy}: one rank has all of the model, and nobody to share it with"
+    if config.strategy == "ddp":
+        return "ddp: each rank has all of the model"
+    size = config.shard_size or ranks.world_size
+    kept = "given up after its forward pass" if config.reshard_after_forward else "kept until its backward pass"
+    copies = f", {ranks.world_size // size} copies" if size < ranks.world_size else ""
+    offloaded = "; weights and optimizer state in the host's memory" if config.offload == "all" else ""
+    return f"fsdp: each rank has 1/{size} of the weights{copies}; a block's are {kept}{offloaded}"
+
+
+def _placement(parameter: nn.Parameter, size: int):
+    """Along the rows; of stacked experts along what is inside one, so that each stays a tensor that can be taken alone."""
+    from torch.distributed.tensor import Shard
+
+    if parameter.ndim < 3:
+        return Shard(0)
+    if parameter.shape[-1] % size:
+        raise UserError(f"--strategy fsdp: experts of {parameter.shape[-1]} columns cannot be split over {size} ranks")
+    return Shard(parameter.ndim - 1)
 
 
 def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool) -> nn.Module:
-    """The finished model, compiled in place (so that parameter names stay) and wrapped in DDP when there are ranks."""
+    """The model compiled in place (so that parameter names stay) and, where ranks have all of it each, wrapped in DDP."""
+    sharded = is_sharded(model)
     if compile_model:
-        model.compile()
-    if ranks.world_size == 1:
+        for module in [module for module in model.modules() if isinstance(module, Block)] if sharded else [model]:
+            module.compile()
+    if ranks.world_size == 1 or sharded:
         return model
     # gradients live in DDP's buckets, which saves a copy of them; buffers (4-bit weights) never change
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -30,7 +112,14 @@ def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool) -> nn.
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Inside, a backward pass averages gradients over the ranks only if `enabled`: once a step, not once a micro-batch."""
+    """Inside, a backward pass averages gradients over the ranks only if `enabled`: once a step, not once a micro-batch.
+
+    Where blocks are given up after their forward pass, their gradients are, too: each micro-batch's are averaged.
+    """
+    if is_sharded(model) and not gives_up_blocks(
+        model
+    ):  # else what was accumulated would be as large as the whole model
+        model.set_requires_gradient_sync(enabled)  # type: ignore[operator]
     if isinstance(model, nn.parallel.DistributedDataParallel) and not enabled:
         with model.no_sync():
             yield

@@ -28,6 +28,7 @@ _ADAMW_STATE_BYTES = 8  # two fp32 moments a parameter
 _NF4_BYTES = 4.127 / 8  # a weight: 4 bits, and its share of two levels of absmax (kernels/nf4.py)
 _MUON_STATE_BYTES = 4  # one fp32 momentum a parameter
 _LOSS_CHUNKS = 2  # the logits of a chunk, turned into their gradient in place, and its 16-bit copy or work space
+_COPIES = "16-bit copies of the weights"
 _DRAWING_BYTES = 24  # a logit while a token is drawn: fp32 and its log-softmax, their fp64 exponentials and sums
 _DRAWING = "drawing answers (keys, values, logits)"
 _LASTING = ("weights", "adapters", "optimizer", "reference", "reward model")  # how what is always there begins
@@ -166,12 +167,12 @@ def plan_run(
         epochs=None if train_windows is None else config.batch_size * config.max_steps / train_windows / passes,
         flops_per_token=flops,
         total_flops=flops * tokens_per_step * config.max_steps,
-        memory=_memory(
+        memory=_shared_out(config, model, world_size, half_precision, _memory(
             config, model, round(at_once), half_precision,
             drawn_at_once=min(config.rollout_batch_size, rows * config.num_minibatches * sequences),
             drawn_length=(longest_prompt or max(1, max_length - config.max_new_tokens)) + config.max_new_tokens,
             judges=int(config.reward_model is not None and not judge_over_base),
-        ),
+        )),
         tokens_are=_tokens_are(config, tokens_per_example),
     )  # fmt: skip
 
@@ -276,7 +277,7 @@ def _memory(
         told = tokens * (mask_probability(config, model.family) if config.stage == "mlm" else 1.0)
         memory["loss (one chunk of logits)"] = min(told * model.vocab_size * 4, chunk) * _LOSS_CHUNKS + head_gradient
     if half and not config.lora:
-        memory["16-bit copies of the weights"] = 2.0 * learning
+        memory[_COPIES] = 2.0 * learning
     if not config.lora and (config.stage == "ppo" or (config.stage == "grpo" and config.kl_coefficient)):
         memory["reference (frozen)"] = float(width * whole)
     if config.stage in ("grpo", "ppo"):
@@ -285,6 +286,32 @@ def _memory(
         keys_values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
         memory[_DRAWING] = float(drawn_at_once * (drawn_length * keys_values + model.vocab_size * _DRAWING_BYTES))
     return memory
+
+
+def _shared_out(
+    config: TrainConfig, model: ModelConfig, world_size: int, half: bool, memory: dict[str, float]
+) -> dict[str, float]:
+    """The memory of a rank that holds a part of what learns (--strategy fsdp), and gathers the rest for the time it computes.
+
+    Gathered are embedding, head and last norm, and two blocks, of which one waits; or, where they are not given up, all of them;
+    as many gradients; and, to draw answers, all weights. NF4 layers are whole on every rank.
+    """
+    if config.strategy != "fsdp" or world_size == 1:
+        return memory
+    ranks = config.shard_size or world_size
+    parts = ("gradients", "optimizer state", "adapters") + (() if config.load_in_4bit else ("weights",))
+    shared = {name: size / ranks if name.startswith(parts) else size for name, size in memory.items()}
+    copies = shared.pop(_COPIES, 0.0)
+    blocks = max(1, model.num_hidden_layers)
+    parameters = count_parameters(model)
+    whole, outside = parameters.total, parameters.embedding
+    outside += 0 if model.tie_word_embeddings or model.head == "none" else _head_parameters(model)
+    gathered = whole
+    if config.reshard_after_forward and config.stage not in ("grpo", "ppo"):
+        gathered = outside + min(2, blocks) * (whole - outside) // blocks
+    width = 2 if half and config.lora else 4
+    share = gathered / whole
+    return shared | {"gathered weights and gradients": gathered * float(width + 4 * (not config.lora)) + share * copies}
 
 
 def _kept_per_token(model: ModelConfig) -> int:

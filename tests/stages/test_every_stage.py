@@ -24,8 +24,10 @@ from arguments import ArgumentParser
 from model import Transformer
 from model_config import ModelConfig
 from ranks import Ranks, unwrap
+from sharding import like, whole
 from stages.build import open_stage_data
 from tests.ranks import run_ranks
+from tests.tiers import grid
 from train import Run, build_run
 from training.config import add_options, resolve_config
 from training.metrics import reduce_metrics
@@ -128,7 +130,8 @@ def move(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
+            noise = 0.03 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += like(noise, parameter)
 
 
 def step(
@@ -143,7 +146,7 @@ def step(
 
     def keep(*_) -> None:
         named = unwrap(run.model).named_parameters()
-        gradients.update({name: p.grad.numpy().copy() for name, p in named if p.grad is not None})
+        gradients.update({name: whole(p.grad).numpy().copy() for name, p in named if p.grad is not None})
 
     run.optimizers[0].register_step_pre_hook(keep)
     sums, norm, _ = run.optimizer_step(micro_batches, 1.0, False)
@@ -181,6 +184,31 @@ def test_a_step_is_the_same_however_divided(stage, workshop, tmp_path):
                 least = 1e-3 * norm if name.endswith("k_proj.bias") else 0.0
                 assert np.linalg.norm(gradients[name] - gradient) <= 1e-5 * max(least, np.linalg.norm(gradient)), name
     assert counts[0] < counts[1] < counts[2] and counts[3] > 2
+
+
+SHARDED = {
+    **STAGES,
+    "experts": "--model mixtral --data_dir TEXT --hidden_size 32 --num_layers 2 --num_heads 2 --num_experts 4 --expert_size 48 "
+    "--optimizer adamw --router_z_loss_coef 1e-3",
+    "gpt2 with dropout": "--model gpt2 --dropout 0.2 --data_dir TEXT --hidden_size 32 --num_layers 2 --num_heads 2",
+}  # fmt: skip
+QUICKLY_SHARDED = ("mlm of pairs", "experts", "sft with LoRA over NF4", "dpo", "kto with LoRA", "grpo with LoRA", "ppo")
+
+
+@pytest.mark.parametrize("stage", grid(SHARDED, QUICKLY_SHARDED))
+def test_a_step_is_the_same_where_ranks_hold_parts_of_the_model(stage, workshop, tmp_path):
+    """--strategy fsdp on two ranks, of which one has fewer micro-batches, and on four with two copies of the model."""
+    _, wanted, expected = step(0, 1, workshop, SHARDED[stage], tmp_path / "whole")
+    norm = wanted["grad_norm"]
+    for world_size, flags in ((2, "--micro_batch_size 1"), (4, "--shard_size 2 --no-reshard_after_forward")):
+        words = f"{SHARDED[stage]} --strategy fsdp {flags}"
+        for _, figures, gradients in run_ranks(step, world_size, workshop, words, tmp_path / f"{world_size}"):
+            assert gradients.keys() == expected.keys() and figures.keys() == wanted.keys()
+            for name in ("loss", "grad_norm"):
+                assert math.isclose(figures[name], wanted[name], rel_tol=1e-5), name
+            for name, gradient in expected.items():
+                least = 1e-3 * norm if name.endswith("k_proj.bias") else 0.0
+                assert np.linalg.norm(gradients[name] - gradient) <= 1e-5 * max(least, np.linalg.norm(gradient)), name
 
 
 def judges_nothing(prompts, completions) -> list[None]:

@@ -1,0 +1,107 @@
+"""How is a model handled of whose parameters each rank holds a part? Filled, read whole, gathered, and gone through together.
+
+Its parameters are DTensors (FSDP2, https://arxiv.org/abs/2304.11277 and torch.distributed.fsdp.fully_shard). Of a plain model
+all of this is what it always was: nothing is gathered, and no rank waits for another.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ranks import Ranks
+
+T = TypeVar("T")
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor. Where nobody imported their module, which takes a second, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(is_part(parameter) for parameter in model.parameters()) or bool(_sharded_modules(model))
+
+
+def gives_up_blocks(model: nn.Module) -> bool:
+    """Of a sharded model: whether a block's weights are given up after its forward pass (training/parallel.py)."""
+    return any(module.reshards for module in _sharded_modules(model))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the parts of all ranks, on each of them, so every rank calls it; a plain one as it is."""
+    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like(values: Tensor, other: Tensor) -> Tensor:
+    """Of a whole tensor the part that this rank holds of `other`; the tensor itself where `other` is plain. No rank waits."""
+    if not is_part(other):
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(other, DTensor)
+    return distribute_tensor(values.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def fill(target: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor's values into `target`, of which this rank may hold a part only."""
+    target.copy_(like(values, target))
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, each rank has all of the model, so that it may use it alone, as to draw answers. Every rank enters.
+
+    It costs the memory of all weights. Nothing may be trained inside.
+    """
+    modules = _sharded_modules(model)
+    if modules:  # all of one root, though a part of it, such as PPO's policy, may be the first to compute
+        modules[0]._get_fsdp_state()._lazy_init()
+    for module in modules:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module.reshards, recurse=False)
+            module.reshard()
+
+
+def in_step(batches: Iterable[T], model: nn.Module, ranks: Ranks, idle: Callable[[], T]) -> Iterator[tuple[T, bool]]:
+    """Each batch, and that it counts. Where the model is sharded a pass is one of all ranks: those whose batches are through
+    go on with their last one, or with what `idle` gives where there was none, and it does not count.
+    """
+    if not is_sharded(model):
+        yield from ((batch, True) for batch in batches)
+        return
+    own, last = iter(batches), None
+    while True:
+        batch = next(own, None)
+        if not ranks.sum([float(batch is not None)])[0]:
+            break
+        last = batch if batch is not None else last if last is not None else idle()
+        yield last, batch is not None
+    reshard(model)
+
+
+def padded(batches: list[T], model: nn.Module, ranks: Ranks) -> list[tuple[T, bool]]:
+    """As `in_step` gives them, of batches that are all there; of each rank at least one."""
+    missing = ranks.largest(len(batches)) - len(batches) if is_sharded(model) else 0
+    return [*((batch, True) for batch in batches), *[(batches[-1], False)] * missing]
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what a forward pass without a backward pass has left gathered."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
