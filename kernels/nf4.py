@@ -87,7 +87,7 @@ def quantise_nf4(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
     absmax = torch.empty(-(-len(flat) // BLOCK), device=flat.device)
     for start in range(0, len(flat), CHUNK):
         values = flat[start : start + CHUNK].float()
-        codes, largest = _quantise_blocks(values, quantiles, BLOCK)
+        codes, largest = quantise_blocks(values, quantiles, BLOCK)
         absmax[start // BLOCK :][: len(largest)] = largest
         packed[start // 2 :][: len(values) // 2] = codes[::2] << 4 | codes[1::2]
     if not absmax.isfinite().all():
@@ -96,11 +96,11 @@ def quantise_nf4(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         return NF4Weight(packed, absmax, None, None, None, tuple(weight.shape))
     offset = absmax.mean()
     code = dynamic_code().to(flat.device)
-    codes, absmax2 = _quantise_blocks(absmax - offset, code, ABSMAX_BLOCK)
+    codes, absmax2 = quantise_blocks(absmax - offset, code, ABSMAX_BLOCK)
     return NF4Weight(packed, codes, code, absmax2, offset, tuple(weight.shape))
 
 
-def _quantise_blocks(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantise_blocks(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """(index of the nearest entry of `code` as uint8, largest magnitude of each block) of a flat fp32 tensor."""
     blocks = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)
     largest = blocks.abs().amax(1)
@@ -109,13 +109,16 @@ def _quantise_blocks(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, 
     return nearest.view(-1)[: len(values)].to(torch.uint8), largest
 
 
-def dynamic_code() -> Tensor:
-    """The 256 values of the signed dynamic code: seven decades, each with twice the steps of the one below; 0 and 1."""
+def dynamic_code(signed: bool = True) -> Tensor:
+    """The 256 values of the dynamic code: seven decades, each with twice the steps of the one below; 0 and 1.
+
+    Without negative values each decade has twice as many steps.
+    """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
         centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*centres.tolist(), *(-centres).tolist()]
+        values += [*centres.tolist(), *(-centres if signed else centres[:0]).tolist()]
     return torch.tensor(sorted(values))
 
 
