@@ -292,10 +292,10 @@ def make_ema(
     config: TrainConfig, model: nn.Module, optimizers: list[torch.optim.Optimizer], checkpoint: Path | None
 ) -> Ema | None:
     """The average that --ema asks for, as `checkpoint` holds it; it follows each step of the last optimizer."""
-    if config.ema is None:
+    if config.resolved_ema is None:
         return None
     policy, name = _policy(unwrap(model))
-    ema = Ema(adapter_state(policy, name) if config.lora else model_tensors(policy), config.ema)
+    ema = Ema(adapter_state(policy, name) if config.lora else model_tensors(policy), config.resolved_ema)
     if checkpoint is not None:
         try:
             with safe_open(checkpoint / EMA_FILE, framework="pt") as found:

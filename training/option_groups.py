@@ -352,6 +352,11 @@ class OptimizationOptions:
         return self.optimizer_file is None and self.optimizer == "schedule_free"
 
     @property
+    def resolved_ema(self) -> float | None:
+        """--ema, which of a plan's stages those leave aside that average by themselves."""
+        return None if self.is_schedule_free else self.ema
+
+    @property
     def optimizer_settings(self) -> dict[str, float]:
         """beta1, beta2 and momentum, each optimizer's own where they are not given."""
         own = {"lion": 0.99, "sgd": 0.9}.get(self.optimizer, 0.95)

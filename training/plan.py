@@ -271,7 +271,7 @@ def _memory(
             _OPTIMIZER_STATE[config.optimizer == "adamw8bit"]: float(_state_bytes(config, model)),
         }
         averaged = scorer if config.stage in _SCORERS else whole
-    if config.ema is not None:
+    if config.resolved_ema is not None:
         memory["weights' average (fp32)"] = 4.0 * averaged
     memory["activations"] = float(models * tokens * model.num_hidden_layers * _kept_per_token(model) * width)
     if config.stage not in _SCORERS:
