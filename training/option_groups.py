@@ -323,7 +323,7 @@ class OptimizationOptions:
     max_steps: int = option("optimizer steps of the run (fine-tuning, and any run with --num_epochs: from that where it is not given)", 100_000, bound=POSITIVE)
     num_epochs: float | None = option("passes over the examples, or over the rows of the text, in place of --max_steps (default: 3 for sft, classify, tag and answer, 1 for other fine-tuning, none on text)", None, bound=POSITIVE, aliases=("epochs",))
     learning_rate: float = option("peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft, classify, tag, answer), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4, bound=POSITIVE)
-    warmup_steps: float | None = option("steps of linear warm-up, or below 1 a share of --max_steps (default: 2000, or a tenth of --max_steps where that is less)", None, bound=NOT_NEGATIVE)
+    warmup_steps: float | None = option("steps of linear warm-up, or below 1 a share of --max_steps (default: 2000, or a tenth of --max_steps where that is less; one_cycle: 0.3)", None, bound=NOT_NEGATIVE)
     schedule: str = option("after the warm-up: cosine, linear, polynomial (--decay_power), wsd (constant, then linear over the last --decay_fraction), one_cycle (whose warm-up is half a cosine, too), constant, inverse_sqrt, or restarts (cosines of --cycle_steps). schedule_free takes constant", "wsd", choices=SCHEDULES)
     decay_fraction: float = option("share of the run over which wsd decays", 0.5, bound=A_SHARE, read_by=Runs("--schedule wsd", lambda c: c.schedule == "wsd"))
     decay_power: float = option("polynomial: the power; 1 is a straight line", 1.0, bound=POSITIVE, read_by=Runs("--schedule polynomial", lambda c: c.schedule == "polynomial"))

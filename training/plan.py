@@ -30,7 +30,6 @@ _LOSS_CHUNKS = 2  # the logits of a chunk, turned into their gradient in place, 
 _DRAWING_BYTES = 24  # a logit while a token is drawn: fp32 and its log-softmax, their fp64 exponentials and sums
 _DRAWING = "drawing answers (keys, values, logits)"
 _LASTING = ("weights", "adapters", "optimizer", "reference", "reward model")  # how what is always there begins
-_OPTIMIZER_STATE = ("optimizer state (fp32)", "optimizer state (8-bit)")
 _MEASURED_EXAMPLES = 2000
 _NOUNS = {
     "pretrain": "sequences", "mlm": "sequences", "sft": "examples", "reward": "pairs", "dpo": "pairs", "ppo": "prompts",
@@ -268,7 +267,7 @@ def _memory(
         memory = {
             "weights (fp32)": 4.0 * learning,
             "gradients (fp32)": 4.0 * learning,
-            _OPTIMIZER_STATE[config.optimizer == "adamw8bit"]: float(_state_bytes(config, model)),
+            _state_name(config): float(_state_bytes(config, model)),
         }
         averaged = scorer if config.stage in _SCORERS else whole
     if config.resolved_ema is not None:
@@ -315,8 +314,14 @@ def _scorer_parameters(model: ModelConfig) -> int:
     return parameters.total - (0 if model.tie_word_embeddings else _head_parameters(model)) + model.hidden_size
 
 
+def _state_name(config: TrainConfig) -> str:
+    if config.optimizer_file is not None:
+        return "optimizer state (of --optimizer_file: not known, not counted)"
+    return f"optimizer state ({'8-bit' if config.optimizer == 'adamw8bit' else 'fp32'})"
+
+
 def _state_bytes(config: TrainConfig, model: ModelConfig) -> int:
-    """Of the optimizer, counted weight by weight. What the optimizer of --optimizer_file keeps is not known, and not counted."""
+    """Of the optimizer, counted weight by weight; 0 where it is that of --optimizer_file."""
     if config.optimizer_file is not None:
         return 0
     if config.lora:

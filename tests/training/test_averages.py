@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.ranks import run_ranks
 from training.averages import Ema, figures_of_both
 
 
@@ -60,20 +59,3 @@ def test_it_stands_in_and_the_weights_come_back_bit_for_bit_also_after_an_error(
         raise RuntimeError
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
     assert all(torch.equal(averages[name], average) for name, average in ema.averages.items())
-
-
-def average_after(rank, world_size):
-    torch.manual_seed(0)
-    model, ema = model_and_ema()
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(4):
-        optimizer.zero_grad()
-        wrapped(torch.full((2, 5), float(step))).sum().backward()
-        optimizer.step()
-        ema.update(None)
-    return ema.averages["weight"].numpy().tobytes()
-
-
-def test_ranks_hold_the_same_average():
-    assert run_ranks(average_after, 2) == [average_after(0, 1)] * 2

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 import transformers.optimization
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from kernels.nf4 import dynamic_code
+from tests.ranks import run_ranks
 from training.adafactor import ADAFACTOR
 from training.adamw8bit import ADAMW_8BIT, SMALLEST
-from training.averages import train_on, weights_to_use
+from training.averages import Ema, train_on, weights_to_use
 from training.update_rules import LION, SCHEDULE_FREE, SGD, ByRule
 
 LR, DECAY, STEPS = 3e-3, 0.1, 12
@@ -246,3 +249,37 @@ def test_state_takes_the_bytes_that_are_planned():
         else 8 * math.prod(shape)
         for shape in LARGE
     ]  # fmt: skip
+
+
+# ---- parts of weights ------------------------------------------------------------------------------------------------
+
+
+def distance_of_shards(rank: int, world_size: int, name: str, settings: dict[str, float]) -> float:
+    """Between a weight and its twin that is spread over the ranks by rows, after some steps and on their average."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    rule = {"lion": LION, "sgd": SGD, "schedule_free": SCHEDULE_FREE}[name]
+    whole = torch.nn.Parameter(parameters([(9, 6)])[0].detach())
+    spread = torch.nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(0)]))
+    optimizers = [ours(rule, [whole], **settings), ours(rule, [spread], **settings)]
+    ema = Ema({"w": spread.detach()}, 0.9)
+    for step in range(4):
+        (whole.grad,) = gradients([(9, 6)], step)
+        spread.grad = distribute_tensor(whole.grad.clone(), mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.found_inf = torch.tensor(float(step == 2))
+            optimizer.step()
+        ema.update(torch.tensor(step == 2))
+    with weights_to_use(torch.nn.Module(), optimizers), ema.standing_in(torch.nn.Module()):
+        pass
+    with weights_to_use(torch.nn.Module(), optimizers):
+        return (whole - spread.full_tensor()).abs().max().item()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "name,settings",
+    [("lion", {"beta1": 0.9, "beta2": 0.99}), ("sgd", {"momentum": 0.9}),
+     ("schedule_free", {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8})],
+)  # fmt: skip
+def test_element_wise_rules_give_the_same_bits_to_weights_that_are_spread_over_ranks(name, settings):
+    assert run_ranks(distance_of_shards, 2, name, settings) == [0.0, 0.0]
