@@ -87,7 +87,7 @@ def quantise_nf4(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
     absmax = torch.empty(-(-len(flat) // BLOCK), device=flat.device)
     for start in range(0, len(flat), CHUNK):
         values = flat[start : start + CHUNK].float()
-        codes, largest = quantise_blocks(values, quantiles, BLOCK)
+        codes, largest = _quantise_blocks(values, quantiles, BLOCK)
         absmax[start // BLOCK :][: len(largest)] = largest
         packed[start // 2 :][: len(values) // 2] = codes[::2] << 4 | codes[1::2]
     if not absmax.isfinite().all():
@@ -96,11 +96,11 @@ def quantise_nf4(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         return NF4Weight(packed, absmax, None, None, None, tuple(weight.shape))
     offset = absmax.mean()
     code = dynamic_code().to(flat.device)
-    codes, absmax2 = quantise_blocks(absmax - offset, code, ABSMAX_BLOCK)
+    codes, absmax2 = _quantise_blocks(absmax - offset, code, ABSMAX_BLOCK)
     return NF4Weight(packed, codes, code, absmax2, offset, tuple(weight.shape))
 
 
-def quantise_blocks(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _quantise_blocks(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """(index of the nearest entry of `code` as uint8, largest magnitude of each block) of a flat fp32 tensor."""
     blocks = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)
     largest = blocks.abs().amax(1)

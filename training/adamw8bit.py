@@ -6,11 +6,12 @@ the flat tensor, so a part of a tensor that begins at a block can be updated by 
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.nf4 import dynamic_code, quantise_blocks
+from kernels.nf4 import dynamic_code
 from training.update_rules import Group, Rule, State, counter, decayed
 
 BLOCK = 256
@@ -23,7 +24,7 @@ def _adamw8bit(weight: Tensor, gradient: Tensor, state: State, group: Group) -> 
     if "mean" in state:
         updated, mean, square = _adamw(weight, gradient, state["mean"], state["square"], step, group)
         return updated, {"step": step, "mean": mean, "square": square}
-    signed, unsigned = _code(True, weight.device), _code(False, weight.device)
+    signed, unsigned = tables(True, weight.device), tables(False, weight.device)
     values = {name: torch.empty_like(value) for name, value in state.items()} | {"step": step}
     weight = weight.contiguous()
     updated = torch.empty_like(weight)
@@ -33,8 +34,8 @@ def _adamw8bit(weight: Tensor, gradient: Tensor, state: State, group: Group) -> 
         square = _decode(state["square_code"].view(-1)[part], state["square_largest"][blocks], unsigned)
         moved, mean, square = _adamw(weight.view(-1)[part], gradient.reshape(-1)[part], mean, square, step, group)
         updated.view(-1)[part] = moved
-        for name, moment, code in (("mean", mean, signed), ("square", square, unsigned)):
-            codes, largest = quantise_blocks(moment, code, BLOCK)
+        for name, moment, table in (("mean", mean, signed), ("square", square, unsigned)):
+            codes, largest = encode(moment, table)
             values[f"{name}_code"].view(-1)[part] = codes
             values[f"{name}_largest"][blocks] = largest
     return updated, values
@@ -50,14 +51,41 @@ def _adamw(
     return decayed(weight, group).sub_(update), mean, square
 
 
+class Tables(NamedTuple):
+    """code (256,): what a byte stands for, ascending. edges (256,): the value midway to the next code, infinity at last.
+    first (65536,) int32: for the upper 16 bits of an fp32 number, the code of the smallest number that has them."""
+
+    code: Tensor
+    edges: Tensor
+    first: Tensor
+
+
 @cache
-def _code(signed: bool, device: torch.device) -> Tensor:
-    return dynamic_code(signed).to(device)
+def tables(signed: bool, device: torch.device) -> Tables:
+    code = dynamic_code(signed)
+    edges = torch.cat([(code[:-1] + code[1:]) / 2, torch.tensor([torch.inf])])
+    upper = torch.arange(2**16, dtype=torch.int32) << 16
+    smallest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
+    first = torch.bucketize(smallest, edges[:-1], out_int32=True)
+    return Tables(code.to(device), edges.to(device), first.to(device))
 
 
-def _decode(codes: Tensor, largest: Tensor, code: Tensor) -> Tensor:
+def encode(values: Tensor, table: Tables) -> tuple[Tensor, Tensor]:
+    """(n,) fp32 → ((n,) uint8 codes, the nearest; the largest magnitude of each block).
+
+    Numbers with the same upper 16 bits lie closer together than two codes, so an edge is between them once at most: a
+    look-up and a comparison find what a search would, in a tenth of the time.
+    """
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(1)
+    scaled = (blocks / largest.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: len(values)]
+    first = table.first.index_select(0, (scaled.view(torch.int32) >> 16) & 0xFFFF)
+    return (first + (scaled > table.edges.index_select(0, first))).to(torch.uint8), largest
+
+
+def _decode(codes: Tensor, largest: Tensor, table: Tables) -> Tensor:
     """(n,) uint8 and the largest magnitude of each block → (n,) fp32."""
-    values = code[codes.int()]
+    values = table.code.index_select(0, codes.int())
     return values.mul_(largest.repeat_interleave(BLOCK, output_size=len(largest) * BLOCK)[: len(values)])
 
 

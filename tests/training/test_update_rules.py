@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from kernels.nf4 import dynamic_code
 from tests.ranks import run_ranks
 from training.adafactor import ADAFACTOR
-from training.adamw8bit import ADAMW_8BIT, SMALLEST
+from training.adamw8bit import ADAMW_8BIT, SMALLEST, encode, tables
 from training.averages import Ema, train_on, weights_to_use
 from training.update_rules import LION, SCHEDULE_FREE, SGD, ByRule
 
@@ -183,6 +183,20 @@ LARGE = ((70, 61), (4096,), (5000,), (24,))  # whole blocks and a part of one; t
 def test_the_dynamic_code_is_bitsandbytes(signed):
     functional = pytest.importorskip("bitsandbytes").functional
     assert torch.equal(dynamic_code(signed), functional.create_dynamic_map(signed=signed))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_value_gets_the_nearest_code(signed):
+    """Found by search: over all of [-1, 1], on each edge between two codes and beside it, to the last bit."""
+    table = tables(signed, torch.device("cpu"))
+    edges = table.edges[:-1]
+    beside = [edges, torch.nextafter(edges, torch.tensor(2.0)), torch.nextafter(edges, torch.tensor(-2.0))]
+    values = torch.cat([torch.linspace(-1, 1, 2**20), torch.logspace(-12, 0, 2**16), *beside, torch.zeros(3)])
+    values = values[: len(values) // 255 * 255].view(-1, 255)
+    scaled = torch.cat([values, torch.ones(len(values), 1)], 1).flatten()  # the largest of each block is 1
+    codes, largest = encode(scaled, table)
+    assert (largest == 1).all()
+    assert torch.equal(codes.int(), torch.bucketize(scaled, edges, out_int32=True))
 
 
 def test_8_bit_adamw_is_bitsandbytes():
