@@ -40,9 +40,10 @@ from stages.classify import Classify
 from stages.grpo import GRPO
 from stages.ppo import PPO
 from tools.run_plan import run_plan
+from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, git_commit, next_command, versions
-from training.loading import build_model, checkpoint_parts, make_optimizers, read_base_shape, reward_adapter
+from training.loading import build_model, checkpoint_parts, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Figures, Metrics, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
 from training.numerics import choose_numerics, machine_lines
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets, sharding_of
@@ -50,7 +51,6 @@ from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_o
 from training.precision import LossScaler, Precision
 from training.resume import check_data_order, find_checkpoint
 from training.run_files import read_history
-from training.schedule import learning_rate_factor
 from training.stage_plan import check_plan, read_as, read_plan
 from training.standing import Pins, stand_on
 
@@ -163,6 +163,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         if saved["world_size"] == ranks.world_size:
             set_rng_state(saved["rng"][ranks.rank])
     model = prepare_model(raw_model, ranks, compile_model=config.compile_model)
+    ema = make_ema(config, model, optimizers, resumed_from)
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, kernels, attention))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
     stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size, pins)
@@ -171,7 +172,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     samples = saved.get("samples_consumed", 0)
     return Run(
         config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, start_step, samples,
-        tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0),
+        tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0), ema=ema,
     )  # fmt: skip
 
 
@@ -207,10 +208,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
     ):
         run.give_up_if_unscored(step)
         log.status("compiling" if config.compile_model and step == start_step else "training", step)
-        lr_factor = learning_rate_factor(
-            step, max_steps=config.max_steps, warmup_steps=config.resolved_warmup_steps, schedule=config.schedule,
-            decay_fraction=config.decay_fraction, min_factor=config.min_lr_fraction,
-        )  # fmt: skip
+        lr_factor = config.lr_factor(step)
         metrics, grad_norm, stopping = run.optimizer_step(micro_batches, lr_factor, stop.signal is not None)
         clock.steps += 1
         clock.tokens += run.step_tokens
@@ -262,6 +260,7 @@ class Run:
     saved_step: int | None = None
     failed_saves: int = 0
     best_loss: float | None = None
+    ema: Ema | None = None  # average of the weights
     bad_steps: Tensor = field(init=False)  # in a row, counted on the device
 
     def __post_init__(self) -> None:
@@ -346,6 +345,7 @@ class Run:
                 "--checkpoint latest and a lower --learning_rate, or look at the data of these steps"
             )
 
+    @with_weights_to_use
     def save(self, step: int) -> None:
         self.log.status("saving", step)
         state = {
@@ -366,7 +366,7 @@ class Run:
         result = save_checkpoint(
             self.config.save_dir, step, model=self.model, optimizers=self.optimizers, state=state, files=files,
             keep_checkpoints=self.config.keep_checkpoints, stop_ids=self.data.stop_ids,
-            **checkpoint_parts(self.config, self.model),
+            **checkpoint_parts(self.config, self.model, self.ema),
         )  # fmt: skip
         if result.ok:
             self.failed_saves, self.saved_step = 0, step
@@ -380,11 +380,12 @@ class Run:
             self.log.status("failed", step, result.message)
             raise UserError(f"step {step} could not be saved to {self.config.save_dir}: {result.message}")
 
+    @with_weights_to_use
     def evaluate(self, step: int, last: bool) -> None:
         """Validation figures over all ranks, then, on the first, a sample of text and the plot of the run so far."""
         self.log.status("evaluating", step)
         start = time.perf_counter()
-        if figures := self.stage.evaluate(self.model, everything=last):
+        if figures := figures_of_both(self.ema, self.stage.evaluate, self.model, last):
             self.log.evaluation(step, time.perf_counter() - start, figures)
             if figures["val_loss"] is not None:
                 self.mark_if_best(step, figures["val_loss"])
@@ -394,9 +395,8 @@ class Run:
                 self.sample(step)
         if not self.ranks.is_main:
             return
-        from training.plots import (
-            plot_runs,
-        )  # here: it imports matplotlib for seconds, and a short run may draw nothing
+        # here, because it imports matplotlib for seconds, and a short run may draw nothing
+        from training.plots import plot_runs
 
         plot_runs([read_history(self.config.save_dir)], Path(self.config.save_dir) / "curves.png")
         if last and isinstance(self.stage, Classify) and self.stage.confusion is not None:
@@ -428,9 +428,7 @@ class Run:
             mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
 
 
-def train_row(
-    run: Run, figures: Figures, lr_factor: float, grad_norm: Tensor | None, clock: Clock
-) -> TrainRow:  # fmt: skip
+def train_row(run: Run, figures: Figures, lr_factor: float, grad_norm: Tensor | None, clock: Clock) -> TrainRow:
     plan, seconds = run.plan, clock.seconds_per_step()
     rate = clock.tokens / max(1, clock.steps) / seconds
     used, reserved = memory_gb(run.ranks.device)

@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "talk with a trained model in the terminal",
     "predict": "fill masks, classify, tag, find answers or embed, a line of JSON a row",
     "merge": "make an adapter part of its base model",
+    "average": "make one model of several checkpoints, or of the average that --ema kept",
     "quantise": "write a model in 4 bits, for QLoRA and for bitsandbytes",
     "verify": "check every byte of a dataset or of checkpoints",
     "demo": "from a folder of text to a trained model, in one command",

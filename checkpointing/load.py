@@ -118,12 +118,13 @@ def load_model(path: str | os.PathLike, model: nn.Module) -> None:
 def load_optimizers(path: str | os.PathLike, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     """Restore each optimizer's state by parameter name; written by any number of ranks, every rank reads it itself.
 
-    Learning rates and other options stay as they are. Raises UserError if the checkpoint was written with other
-    optimizers or has state that does not fit this model.
+    Learning rates and other options stay as they are. A state is 0-dimensional or has its parameter's shape and dtype, but
+    where the optimizer has a method `state_shapes(parameter)` that gives others by name. Raises UserError if the
+    checkpoint was written with other optimizers or has state that does not fit this model.
     """
     path = Path(path)
     names = parameter_names(model)
-    parameters = {names[id(p)]: p for one in optimizers for group in one.param_groups for p in group["params"]}
+    by_name = {names[id(p)]: p for one in optimizers for group in one.param_groups for p in group["params"]}
     state: dict[str, dict[str, Tensor]] = {}
     with _open_tensors(path / OPTIMIZER) as tensors:
         written_with = (tensors.metadata() or {}).get("optimizers", "")
@@ -132,23 +133,31 @@ def load_optimizers(path: str | os.PathLike, model: nn.Module, optimizers: list[
         for key in tensors.keys():  # noqa: SIM118 - not a dict
             parameter_name, _, state_name = key.rpartition(".")
             # A copy, because safetensors hands out memory that is mapped from the file.
-            value, parameter = tensors.get_tensor(key).clone(), parameters.get(parameter_name)
-            if parameter is not None and value.ndim:
-                if value.shape != parameter.shape:
-                    shapes = f"{tuple(value.shape)} there, {tuple(parameter.shape)} here"
-                    raise UserError(f"checkpoint {path}: {key} is {shapes}")
+            value, parameter = tensors.get_tensor(key).clone(), by_name.get(parameter_name)
+            if parameter is not None and value.shape == parameter.shape:
                 value = like(value, parameter)
             state.setdefault(parameter_name, {})[state_name] = value
 
     for optimizer in optimizers:
         packed = optimizer.state_dict()
         packed["state"] = {}
-        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
             restored = state.pop(names[id(parameter)], None)
             if restored is None:  # it had no gradient when the checkpoint was written
                 continue
+            known = optimizer.state_shapes(parameter) if hasattr(optimizer, "state_shapes") else {}
+            for state_name, tensor in restored.items():
+                shape = known.get(state_name, parameter.shape if tensor.ndim else tensor.shape)
+                if tensor.shape != shape:
+                    shapes = f"{tuple(tensor.shape)} there, {tuple(shape)} here"
+                    raise UserError(f"checkpoint {path}: {names[id(parameter)]}.{state_name} is {shapes}")
             packed["state"][index] = restored
         optimizer.load_state_dict(packed)
+        if hasattr(optimizer, "state_shapes"):  # as written: torch would give bytes, too, their parameter's dtype
+            for index, restored in packed["state"].items():
+                device = parameters[index].device
+                optimizer.state[parameters[index]] = {name: tensor.to(device) for name, tensor in restored.items()}
     if state:
         raise UserError(f"checkpoint {path} has optimizer state of what this model does not train: {_some(state)}")
 

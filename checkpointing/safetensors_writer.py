@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,10 +34,13 @@ _DTYPE_NAMES = {
 }
 
 
-def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+def safetensors_chunks(
+    tensors: dict[str, Tensor], metadata: dict[str, str], read: Callable[[str], Tensor] | None = None
+) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file holding `tensors` (any device), piece by piece; the same for the same tensors.
 
     Those of which each rank holds a part are put together one by one: every rank goes through the pieces then.
+    read: gives the tensor of a name when its turn comes, where those in `tensors` are on "meta" and only say its size.
     """
     # Wide types first: then every tensor begins at a multiple of its element size, as memory mapping wants.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -53,7 +56,8 @@ def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     encoded += b" " * (-len(encoded) % 8)
     yield struct.pack("<Q", len(encoded)) + encoded
     for name in names:
-        flat = whole(tensors[name].detach()).cpu().contiguous().reshape(-1)
+        tensor = tensors[name] if read is None else read(name)
+        flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data
 

@@ -192,11 +192,13 @@ def write_weights(
     build: Callable[[list[str]], dict[str, Tensor]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     write: Callable[[Path, Iterable[bytes | memoryview]], dict] = write_file,
+    read: Callable[[str], Tensor] | None = None,
 ) -> dict[str, dict]:
     """model.safetensors, or shards of at most `max_shard_bytes` (a larger weight has its own) and their index, in `folder`.
 
     sizes: the bytes of each weight, in the model's order. build: the tensors of some weights; it is called for one shard
-    after another, so that no more than one is in memory. Returns the entries of the manifest. Raises OSError.
+    after another, so that no more than one is in memory. read: as in
+    `safetensors_chunks`, so that no more than a tensor is. Returns the entries of the manifest. Raises OSError.
     """
     shards: list[list[str]] = [[]]
     shard_bytes = 0
@@ -211,7 +213,7 @@ def write_weights(
     for number, names in enumerate(shards, start=1):
         file_name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = build(names)
-        entries[file_name] = write(folder / file_name, safetensors_chunks(tensors, {"format": "pt"}))
+        entries[file_name] = write(folder / file_name, safetensors_chunks(tensors, {"format": "pt"}, read))
         weight_map |= dict.fromkeys(tensors, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

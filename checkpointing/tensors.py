@@ -35,7 +35,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every optimizer state as "PARAMETER_NAME.STATE_NAME"; a step counter is a 0-dimensional tensor."""
+    """Every optimizer state as "PARAMETER_NAME.STATE_NAME"; a step counter is a 0-dimensional tensor.
+
+    What torch's optimizers hold as None, such as the momentum of an SGD without one, is left out.
+    """
     names = parameter_names(model)
     return {
         f"{names[id(parameter)]}.{state_name}": torch.as_tensor(value)
@@ -43,6 +46,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
         for group in optimizer.param_groups
         for parameter in group["params"]
         for state_name, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
     }
 
 
@@ -51,7 +55,7 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 
 
 def optimizer_names(optimizers: list[torch.optim.Optimizer]) -> str:
-    return "+".join(type(optimizer).__name__ for optimizer in optimizers)
+    return "+".join(getattr(optimizer, "name", type(optimizer).__name__) for optimizer in optimizers)
 
 
 def rng_state() -> dict[str, object]:

@@ -109,13 +109,16 @@ def _quantise_blocks(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, 
     return nearest.view(-1)[: len(values)].to(torch.uint8), largest
 
 
-def dynamic_code() -> Tensor:
-    """The 256 values of the signed dynamic code: seven decades, each with twice the steps of the one below; 0 and 1."""
+def dynamic_code(signed: bool = True) -> Tensor:
+    """The 256 values of the dynamic code: seven decades, each with twice the steps of the one below; 0 and 1.
+
+    Without negative values each decade has twice as many steps.
+    """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
         centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*centres.tolist(), *(-centres).tolist()]
+        values += [*centres.tolist(), *(-centres if signed else centres[:0]).tolist()]
     return torch.tensor(sorted(values))
 
 

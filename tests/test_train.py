@@ -18,6 +18,7 @@ import torch
 from kernels.jit import why_not_triton
 from tests.forked import Forked
 from tests.tiers import grid
+from training.optimizers import OPTIMIZERS
 
 SMALL = [
     "--hidden_size",
@@ -98,7 +99,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("optimizer", grid(["muon", "adamw"], quick=["muon"]))
+@pytest.mark.parametrize("optimizer", grid(OPTIMIZERS, quick=["muon"]))
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(train, start, tmp_path, optimizer):
     flags = [*SMALL, *QUIET, *EVERY_7_STEPS, "--max_steps", 60, "--optimizer", optimizer, "--micro_batch_size", 3]
     train(tmp_path / "whole", *flags)

@@ -49,7 +49,10 @@ _FINE_TUNING = {
 }
 _LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "grpo": 1e-6, "ppo": 1e-6, **dict.fromkeys(TASKS, 2e-5)}
 # of fine-tuning both epochs and steps may be given, as in transformers, where the steps win
-ALTERNATIVES = (("train_file", "data_dir"), ("eval_iter", "eval_tokens"), ("num_epochs", "max_steps"))
+ALTERNATIVES = (
+    ("train_file", "data_dir"), ("eval_iter", "eval_tokens"), ("optimizer_file", "optimizer"), ("num_epochs", "max_steps"),
+)  # fmt: skip
+SHARDED_OPTIMIZERS = ("adamw", "muon", "lion", "sgd")  # whose updates need no more than Muon gathers
 _NOT_RESUMED = ("checkpoint", "save_dir", "device")  # where a run goes on is said anew
 # what a first run is asked for: the flags that `--help` alone shows
 _FIRST_FLAGS = (
@@ -85,10 +88,22 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_examples()
         self.check_adapters()
         self.check_model()
+        self._check_strategy()
+        self.check_optimization()
         if self.stage in ("reward", "mlm", *TASKS) and self.sample_prompt:
             raise UserError(f"--sample_prompt cannot be used with --stage {self.stage}: the model writes no text")
         if self.lora and self.init_from is None:
             raise UserError("--lora needs a model to adapt: name it with --init_from")
+
+    def _check_strategy(self) -> None:
+        """UserError for what needs whole tensors where each rank has a part of them."""
+        if self.strategy != "fsdp":
+            return
+        if self.optimizer_file or self.optimizer not in SHARDED_OPTIMIZERS:
+            named = "--optimizer_file" if self.optimizer_file else f"--optimizer {self.optimizer}"
+            raise UserError(f"{named} is not for --strategy fsdp: choose {', '.join(SHARDED_OPTIMIZERS)}, or ddp")
+        if self.ema is not None:
+            raise UserError("--ema is not for --strategy fsdp: leave it out, or use ddp")
 
     def _check_stage(self, data_needed: bool) -> None:
         """UserError where what the stage starts from or learns from is missing, or was given for another stage."""
@@ -128,12 +143,6 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
     def counts_epochs(self, origins: dict[str, str]) -> bool:
         """Whether the run is as long as `steps_of_epochs` says: always in fine-tuning where --max_steps is not given."""
         return origins["max_steps"] == "default" and (not self.on_text or self.num_epochs is not None)
-
-    @property
-    def resolved_warmup_steps(self) -> int:
-        if self.warmup_steps is None:
-            return min(2000, self.max_steps // 10)
-        return math.ceil(self.warmup_steps * self.max_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
 
     @property
     def resolved_rollout_epochs(self) -> int:
@@ -190,7 +199,7 @@ def resolve_config(
     from_file = read_config_file(config_file, given.get("stage"), bool(saved)) if config_file else {}
     chosen = {**(saved or {}), **from_file, **given}
     layers = [
-        ("stage", _stage_defaults(chosen.get("stage", "pretrain"), chosen.get("lora", False))),
+        ("stage", _stage_defaults(chosen.get("stage", "pretrain"), chosen.get("lora", False), chosen.get("optimizer"))),
         ("checkpoint", {name: value for name, value in (saved or {}).items() if name not in _NOT_RESUMED}),
         ("preset", PRESETS.get(from_file.get("preset", ""), {})),
         ("config file", from_file),
@@ -261,8 +270,9 @@ def refuse_unread(config: TrainConfig, given: Collection[str]) -> None:
                 raise UserError(f"--{name} is for {runs.words}, and would do nothing in this run: leave it out")
 
 
-def _stage_defaults(stage: str, lora: bool) -> dict[str, Any]:
-    """What fine-tuning starts from instead of the defaults, which are pretraining's."""
+def _stage_defaults(stage: str, lora: bool, optimizer: str | None) -> dict[str, Any]:
+    """What fine-tuning starts from instead of the defaults, which are pretraining's; and what an optimizer needs."""
+    needed = {"schedule": "constant"} if optimizer == "schedule_free" else {}
     if stage not in _LEARNING_RATES:
-        return {"sample_prompt": ""} if stage == "mlm" else {}
-    return _FINE_TUNING | {"learning_rate": _LEARNING_RATES[stage] * (10 if lora else 1)}
+        return needed | ({"sample_prompt": ""} if stage == "mlm" else {})
+    return _FINE_TUNING | {"learning_rate": _LEARNING_RATES[stage] * (10 if lora else 1)} | needed

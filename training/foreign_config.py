@@ -41,11 +41,18 @@ class Unused:
 
 
 _OFF = (False, None, "no", "none", "")
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "warmup_stable_decay": "wsd", "cosine_with_min_lr": "cosine"}
+_SCHEDULES = {
+    "cosine": "cosine", "linear": "linear", "warmup_stable_decay": "wsd", "cosine_with_min_lr": "cosine",
+    "polynomial": "polynomial", "inverse_sqrt": "inverse_sqrt", "constant": "constant", "constant_with_warmup": "constant",
+}  # fmt: skip
 _ATTENTION = {
     "sdpa": "sdpa", "flash_attention_2": "flash-attn", "flash_attention_3": "fa3", "flex_attention": "flex", None: "auto",
 }  # fmt: skip
-_OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), "adamw") | {"muon": "muon"}
+_OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw8bit"),
+    "muon": "muon", "adafactor": "adafactor", "schedule_free_adamw": "schedule_free",
+}  # fmt: skip
 _NO_CHECKPOINTING = (
     "activations are not recomputed here; a smaller micro-batch takes less memory and gives the same result"
 )

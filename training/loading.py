@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,15 +26,18 @@ from adapters.token_rows import grow_vocabulary, learn_rows, start_rows
 from checkpointing.load import load_model, load_optimizers, resolve_checkpoint
 from checkpointing.safetensors_writer import safetensors_chunks
 from checkpointing.save_folder import ADAPTER_CONFIG, list_checkpoints
+from checkpointing.tensors import model_tensors
 from errors import UserError
 from families.task_names import TASKS
 from kernels.choice import KernelChoice
 from model import Transformer, read_json
 from model_config import ModelConfig
 from ranks import unwrap
+from training.averages import EMA_FILE, Ema, train_on
 from training.config import TrainConfig
 from training.optimizers import build_optimizers
 from training.precision import Precision
+from training.update_rules import skip_flag
 
 _DESCRIPTIONS = ("config.json", ADAPTER_CONFIG)  # of a model, of an adapter
 CRITIC_FILE = "critic.safetensors"  # of a PPO run: what its checkpoint holds beside the policy
@@ -148,7 +152,11 @@ def build_model(
             spread(plain)
         plain.to_empty(device=device)
         if checkpoint is None:
-            plain.init_weights(config.seed, zero_residual=config.optimizer == "muon", num_real_tokens=num_real_tokens)
+            plain.init_weights(
+                config.seed,
+                zero_residual=config.optimizer == "muon" and not config.optimizer_file,
+                num_real_tokens=num_real_tokens,
+            )
     plain.dropout = config.dropout
     if config.router_aux_loss_coef is not None:
         plain.config.router_aux_loss_coef = config.router_aux_loss_coef
@@ -223,18 +231,25 @@ def _critic(config: TrainConfig, policy: Transformer, device: torch.device) -> R
 # ------------------------------------------------------------------------------------- what a run's checkpoint consists of
 
 
-def checkpoint_parts(config: TrainConfig, model: nn.Module) -> dict:
+def checkpoint_parts(config: TrainConfig, model: nn.Module, ema: Ema | None = None) -> dict:
     """What `save_checkpoint` is told of a model that is not simply one set of weights."""
     inner = unwrap(model)
-    policy = inner.policy if isinstance(inner, ActorCritic) else inner
-    parts: dict = {"part": policy}
+    policy, name = _policy(inner)
+    parts: dict = {"part": policy, "beside": {}}
     if config.lora:
         assert config.init_from is not None
-        name = POLICY_ADAPTER if policy is not inner else "default"
         parts["adapter"] = peft_files(policy, name, str(Path(config.init_from).resolve()))
     if policy is not inner:
-        parts["beside"] = {CRITIC_FILE: safetensors_chunks(_critic_tensors(inner), {"format": "pt"})}
+        parts["beside"][CRITIC_FILE] = safetensors_chunks(_critic_tensors(inner), {"format": "pt"})
+    if ema is not None:
+        described = {"format": "pt", "steps": str(int(ema.steps.item()))}
+        parts["beside"][EMA_FILE] = safetensors_chunks(ema.averages, described)
     return parts
+
+
+def _policy(inner: nn.Module) -> tuple[Any, str]:
+    """What config.json and the weights of a checkpoint are of, and the name of its adapter, where it learns one."""
+    return (inner.policy, POLICY_ADAPTER) if isinstance(inner, ActorCritic) else (inner, "default")
 
 
 def _critic_tensors(model: ActorCritic) -> dict[str, Tensor]:
@@ -272,15 +287,36 @@ def make_optimizers(
     """The optimizers of what learns, with the state that `checkpoint` holds."""
     optimizers = build_optimizers(
         model, name=config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-        beta1=config.beta1, beta2=config.beta2,
+        layer_lr_decay=config.layer_lr_decay, file=config.optimizer_file, **config.optimizer_settings,
         eps=1e-5 if config.stage == "ppo" else 1e-8,  # Huang et al. 2024, detail 5
         muon_dtype=torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32,
     )  # fmt: skip
     if checkpoint is not None:
         load_optimizers(checkpoint, model, optimizers)
+        train_on(model, optimizers)
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         store_after_steps(model, optimizers)
     return optimizers
+
+
+def make_ema(
+    config: TrainConfig, model: nn.Module, optimizers: list[torch.optim.Optimizer], checkpoint: Path | None
+) -> Ema | None:
+    """The average that --ema asks for, as `checkpoint` holds it; it follows each step of the last optimizer."""
+    if config.resolved_ema is None:
+        return None
+    policy, name = _policy(unwrap(model))
+    ema = Ema(adapter_state(policy, name) if config.lora else model_tensors(policy), config.resolved_ema)
+    if checkpoint is not None:
+        try:
+            with safe_open(checkpoint / EMA_FILE, framework="pt") as found:
+                for stored, average in ema.averages.items():
+                    average.copy_(found.get_tensor(stored))
+                ema.steps.fill_(int(found.metadata()["steps"]))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{checkpoint / EMA_FILE} cannot be read ({error})") from error
+    optimizers[-1].register_step_post_hook(lambda optimizer, *_: ema.update(skip_flag(optimizer)))
+    return ema
 
 
 # ------------------------------------------------------------------------------------------------------- after training

@@ -29,6 +29,7 @@ POSITIVE = Bound("be positive", lambda value: value > 0)
 NOT_NEGATIVE = Bound("not be negative", lambda value: value >= 0)
 A_SHARE = Bound("lie between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Bound("lie in [0, 1)", lambda value: 0 <= value < 1)
+ABOVE_ZERO_TO_ONE = Bound("lie above 0 and be at most 1", lambda value: 0 < value <= 1)
 WITHIN = Bound("lie between 0 and 1, and be neither", lambda value: 0 < value < 1)
 BELOW_HALF = Bound("lie in [0, 0.5)", lambda value: 0 <= value < 0.5)
 

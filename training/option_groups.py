@@ -5,6 +5,7 @@ its line here: the flag, the key of `--config` files, the check, the help and do
 None means: worked out from the other options, the data or the machine, as the help says.
 """
 
+import math
 from dataclasses import dataclass
 
 from errors import UserError
@@ -12,9 +13,10 @@ from families.new_models import ENCODERS, MIXTURES, NEW_MODELS
 from families.task_names import TASKS
 from kernels.attention_backends import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
-from training.optimizers import OPTIMIZERS
+from training.optimizers import OPTIMIZERS, load_builder
 from training.option import (
     A_SHARE,
+    ABOVE_ZERO_TO_ONE,
     BELOW_HALF,
     BELOW_ONE,
     NOT_NEGATIVE,
@@ -26,7 +28,7 @@ from training.option import (
     runs_of,
     specs_of,
 )
-from training.schedule import SCHEDULES
+from training.schedule import END_AT_MINIMUM, SCHEDULES, learning_rate_factor
 
 STAGES = ("pretrain", "mlm", "sft", "reward", "dpo", "grpo", "ppo", *TASKS)
 STRATEGIES = ("ddp", "fsdp")
@@ -70,6 +72,14 @@ def new_with(words: str, *models: str) -> tuple[Runs, Runs]:
 
 MAY_HAVE_EXPERTS = Runs("mixtures of experts", lambda c: c.init_from is not None or c.model in MIXTURES)
 OF_EXPERTS = Runs(f"--model {' and '.join(MIXTURES)}", lambda c: c.model in MIXTURES)
+
+
+# an optimizer of a user's own file is told of every setting
+BETAS = Runs(
+    "optimizers that have betas, as sgd and adafactor have not",
+    lambda c: bool(c.optimizer_file) or c.optimizer not in ("sgd", "adafactor"),
+)
+MOMENTUM = Runs("--optimizer sgd and muon", lambda c: bool(c.optimizer_file) or c.optimizer in ("sgd", "muon"))
 
 
 def dpo_runs(loss: str) -> Runs:
@@ -315,19 +325,75 @@ class OptimizationOptions:
     max_steps: int = option("optimizer steps of the run (fine-tuning, and any run with --num_epochs: from that where it is not given)", 100_000, bound=POSITIVE)
     num_epochs: float | None = option("passes over the examples, or over the rows of the text, in place of --max_steps (default: 3 for sft, classify, tag and answer, 1 for other fine-tuning, none on text)", None, bound=POSITIVE, aliases=("epochs",))
     learning_rate: float = option("peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft, classify, tag, answer), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4, bound=POSITIVE)
-    warmup_steps: float | None = option("steps of linear warm-up, or below 1 a share of --max_steps (default: 2000, or a tenth of --max_steps where that is less)", None, bound=NOT_NEGATIVE)
-    schedule: str = option("after the warm-up: cosine, linear, or wsd (constant, then linear over the last --decay_fraction)", "wsd", choices=SCHEDULES)
+    warmup_steps: float | None = option("steps of linear warm-up, or below 1 a share of --max_steps (default: 2000, or a tenth of --max_steps where that is less; one_cycle: 0.3)", None, bound=NOT_NEGATIVE)
+    schedule: str = option("after the warm-up: cosine, linear, polynomial (--decay_power), wsd (constant, then linear over the last --decay_fraction), one_cycle (whose warm-up is half a cosine, too), constant, inverse_sqrt, or restarts (cosines of --cycle_steps). schedule_free takes constant", "wsd", choices=SCHEDULES)
     decay_fraction: float = option("share of the run over which wsd decays", 0.5, bound=A_SHARE, read_by=Runs("--schedule wsd", lambda c: c.schedule == "wsd"))
-    min_lr_fraction: float = option("the last step's learning rate as a fraction of the peak", 0.0, bound=A_SHARE)
-    optimizer: str = option("muon (matrices of the blocks; AdamW for the rest) or adamw, which fine-tuning takes", "muon", choices=OPTIMIZERS)
+    decay_power: float = option("polynomial: the power; 1 is a straight line", 1.0, bound=POSITIVE, read_by=Runs("--schedule polynomial", lambda c: c.schedule == "polynomial"))
+    cycle_steps: int | None = option("restarts: steps from one peak to the next", None, bound=POSITIVE, read_by=Runs("--schedule restarts", lambda c: c.schedule == "restarts"))
+    min_lr_fraction: float = option("the last step's learning rate as a fraction of the peak", 0.0, bound=A_SHARE, read_by=Runs("schedules that fall to a minimum, which constant and inverse_sqrt do not", lambda c: c.schedule in END_AT_MINIMUM))
+    optimizer: str = option("muon (matrices of the blocks; AdamW for the rest), adamw, which fine-tuning takes, adamw8bit (its moments in a byte each), adafactor, lion, sgd or schedule_free (AdamW that averages its weights in place of a falling learning rate)", "muon", choices=tuple(OPTIMIZERS))
+    optimizer_file: str | None = option("FILE.py:FUNCTION of your own that builds the optimizer, in place of --optimizer (docs/optimizers.md)", None)
+    layer_lr_decay: float = option("learning rate of a block, as a fraction of that of the one above it; the head has the whole, embeddings the least", 1.0, bound=ABOVE_ZERO_TO_ONE)
+    ema: float | None = option("decay a step of an average of the weights, which is evaluated and saved beside them; 0.999 is usual", None, bound=WITHIN, read_by=Runs("optimizers that do not average by themselves, as schedule_free does", lambda c: not c.is_schedule_free))
     dropout: float = option("share of the activations zeroed after the embedding and after each attention and MLP, the same for the same samples however they are batched; attention's probabilities are left whole", 0.0, bound=BELOW_ONE, read_by=Runs("stages that learn from given text, whose answers are not drawn", lambda c: c.stage not in ("grpo", "ppo")))
     weight_decay: float = option("decoupled decay on matrices; norms and embeddings have none; 0 in fine-tuning", 0.1, bound=NOT_NEGATIVE)
-    beta1: float = option("AdamW: decay of the first moment", 0.9, bound=BELOW_ONE)
-    beta2: float = option("AdamW: decay of the second moment", 0.95, bound=BELOW_ONE)
+    beta1: float = option("AdamW: decay of the first moment; lion: the momentum's share in a step; schedule_free: the average's share in the weights that are trained", 0.9, bound=BELOW_ONE, read_by=BETAS)
+    beta2: float | None = option("AdamW: decay of the second moment; lion: of the momentum (default: 0.95, lion 0.99)", None, bound=BELOW_ONE, read_by=BETAS)
+    momentum: float | None = option("sgd and muon: decay of the momentum (default: sgd 0.9, muon 0.95)", None, bound=BELOW_ONE, read_by=MOMENTUM)
     grad_clip: float = option("largest global gradient norm; 0 does not clip", 1.0, bound=NOT_NEGATIVE)
     router_aux_loss_coef: float | None = option("mixtures of experts: weight of the loss that keeps experts equally busy, row by row (default: 0.01, or what the base has)", None, bound=NOT_NEGATIVE, read_by=(PRETRAIN, MAY_HAVE_EXPERTS))
     router_z_loss_coef: float = option("mixtures of experts: weight of the squared log-normaliser of the routers", 0.001, bound=NOT_NEGATIVE, read_by=(PRETRAIN, MAY_HAVE_EXPERTS))
     z_loss: float = option("weight of the squared log-normaliser (1e-5 is usual); kept out of the reported loss", 0.0, bound=NOT_NEGATIVE, read_by=TEXT)
+
+    @property
+    def optimizer_shown(self) -> str:
+        return self.optimizer_file or self.optimizer
+
+    @property
+    def is_schedule_free(self) -> bool:
+        return self.optimizer_file is None and self.optimizer == "schedule_free"
+
+    @property
+    def resolved_ema(self) -> float | None:
+        """--ema, which of a plan's stages those leave aside that average by themselves."""
+        return None if self.is_schedule_free else self.ema
+
+    @property
+    def optimizer_settings(self) -> dict[str, float]:
+        """beta1, beta2 and momentum, each optimizer's own where they are not given."""
+        own = {"lion": 0.99, "sgd": 0.9}.get(self.optimizer, 0.95)
+        beta2, momentum = (own if value is None else value for value in (self.beta2, self.momentum))
+        return {"beta1": self.beta1, "beta2": beta2, "momentum": momentum}
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        if self.warmup_steps is None:
+            return round(0.3 * self.max_steps) if self.schedule == "one_cycle" else min(2000, self.max_steps // 10)
+        return math.ceil(self.warmup_steps * self.max_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
+
+    def lr_factor(self, step: int) -> float:
+        """What step `step` multiplies the learning rate by."""
+        return learning_rate_factor(
+            step, max_steps=self.max_steps, warmup_steps=self.resolved_warmup_steps, schedule=self.schedule,
+            decay_fraction=self.decay_fraction, min_factor=self.min_lr_fraction, power=self.decay_power,
+            cycle_steps=self.cycle_steps or 1,
+        )
+
+    def check_optimization(self) -> None:
+        """UserError for a schedule or an average that the optimizer cannot have, or a file that builds none."""
+        if self.optimizer_file is not None:
+            load_builder(self.optimizer_file)
+        if self.schedule == "restarts" and self.cycle_steps is None:
+            raise UserError("--schedule restarts needs --cycle_steps: how many steps it is from one peak to the next")
+        if not self.is_schedule_free:
+            return
+        if self.schedule != "constant":
+            raise UserError(
+                f"--schedule {self.schedule} cannot be used with --optimizer schedule_free, which averages in place of it: "
+                "leave it out, or give constant"
+            )
+        if self.beta1 == 0:
+            raise UserError("--beta1 must be positive with --optimizer schedule_free: 0 leaves no average to train at")
 
 
 @dataclass

@@ -22,11 +22,10 @@ from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_
 from model import ParameterCount, Transformer, count_parameters, flops_per_token
 from model_config import ModelConfig
 from training.config import TrainConfig
+from training.optimizers import HIDDEN, OTHER, parameter_roles, state_bytes
 
 GIB = 2**30
-_ADAMW_STATE_BYTES = 8  # two fp32 moments a parameter
 _NF4_BYTES = 4.127 / 8  # a weight: 4 bits, and its share of two levels of absmax (kernels/nf4.py)
-_MUON_STATE_BYTES = 4  # one fp32 momentum a parameter
 _LOSS_CHUNKS = 2  # the logits of a chunk, turned into their gradient in place, and its 16-bit copy or work space
 _COPIES = "16-bit copies of the weights"
 _DRAWING_BYTES = 24  # a logit while a token is drawn: fp32 and its log-softmax, their fp64 exponentials and sums
@@ -261,15 +260,19 @@ def _memory(
         adapters = models * count_adapter_parameters(config, model)
         memory = {
             "weights (frozen)": _frozen_bytes(config, model, learning, width),
-            "adapters, gradients and optimizer state (fp32)": adapters * (8.0 + _ADAMW_STATE_BYTES),
+            "adapters, gradients and optimizer state (fp32)": 8.0 * adapters + _state_bytes(config, model),
         }
+        averaged = count_adapter_parameters(config, model)
     else:
         learning += scorer if config.stage == "ppo" else 0
         memory = {
             "weights (fp32)": 4.0 * learning,
             "gradients (fp32)": 4.0 * learning,
-            "optimizer state (fp32)": float(_state_bytes(config, model, learning, models)),
+            _state_name(config): float(_state_bytes(config, model)),
         }
+        averaged = scorer if config.stage in _SCORERS else whole
+    if config.resolved_ema is not None:
+        memory["weights' average (fp32)"] = 4.0 * averaged
     memory["activations"] = float(models * tokens * model.num_hidden_layers * _kept_per_token(model) * width)
     if config.stage not in _SCORERS:
         chunk = max(CUDA_CHUNK_BYTES if half else CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * 4 * model.vocab_size)
@@ -338,13 +341,33 @@ def _scorer_parameters(model: ModelConfig) -> int:
     return parameters.total - (0 if model.tie_word_embeddings else _head_parameters(model)) + model.hidden_size
 
 
-def _state_bytes(config: TrainConfig, model: ModelConfig, learning: int, models: int) -> int:
-    if config.optimizer != "muon":
-        return learning * _ADAMW_STATE_BYTES
-    parameters = count_parameters(model)
-    head = 0 if model.tie_word_embeddings else _head_parameters(model)
-    matrices = models * (parameters.total - parameters.embedding - head)
-    return matrices * _MUON_STATE_BYTES + (learning - matrices) * _ADAMW_STATE_BYTES
+def _state_name(config: TrainConfig) -> str:
+    if config.optimizer_file is not None:
+        return "optimizer state (of --optimizer_file: not known, not counted)"
+    return f"optimizer state ({'8-bit' if config.optimizer == 'adamw8bit' else 'fp32'})"
+
+
+def _state_bytes(config: TrainConfig, model: ModelConfig) -> int:
+    """Of the optimizer, counted weight by weight; 0 where it is that of --optimizer_file."""
+    if config.optimizer_file is not None:
+        return 0
+    if config.lora:
+        rank, adapted = config.lora_r, _adapted_shapes(config, model)
+        matrices = [shape for rows, columns in adapted for shape in ((rank, columns), (rows, rank))]
+        one = sum(state_bytes(config.optimizer, HIDDEN, torch.empty(shape, device="meta")) for shape in matrices)
+        return one * (2 if config.stage == "ppo" else 1)
+    with torch.device("meta"):
+        policy = Transformer(model)
+    row = torch.empty(1, model.hidden_size, device="meta")
+    roles, parameters = parameter_roles(policy), dict(policy.named_parameters())
+
+    def held(without: str = "") -> int:
+        return sum(state_bytes(config.optimizer, roles[n], p) for n, p in parameters.items() if n != without)
+
+    scorer = held(without="lm_head.weight") + state_bytes(config.optimizer, OTHER, row)
+    if config.stage in _SCORERS:
+        return scorer
+    return held() + (scorer if config.stage == "ppo" else 0)
 
 
 def _frozen_bytes(config: TrainConfig, model: ModelConfig, weights: int, width: int) -> float:
@@ -359,14 +382,20 @@ def _frozen_bytes(config: TrainConfig, model: ModelConfig, weights: int, width: 
 
 def count_adapter_parameters(config: TrainConfig, model: ModelConfig) -> int:
     """rank · (inputs + outputs) of every layer that gets an adapter."""
+    return sum(config.lora_r * (rows + columns) for rows, columns in _adapted_shapes(config, model))
+
+
+def _adapted_shapes(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int]]:
+    """(outputs, inputs) of every layer that gets an adapter."""
     with torch.device("meta"):
         plain = Transformer(model)
     targets = config.lora_target_modules
-    total = 0
+    found = []
     for path, stored in block_linears(plain).items():
         if ALL_LINEAR in targets or any(stored.endswith(f".{target}") for target in targets):
-            total += config.lora_r * sum(plain.get_parameter(f"{path}.weight").shape)
-    return total
+            rows, columns = plain.get_parameter(f"{path}.weight").shape
+            found.append((rows, columns))
+    return found
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -377,9 +406,13 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
     p = plan.parameters
     epochs = "" if plan.epochs is None else f" = {plan.epochs:.2f} epochs"
     memory = ", ".join(f"{part} {size / GIB:.2f}" for part, size in plan.memory.items())
-    schedule = config.schedule
-    if schedule == "wsd":
-        schedule = f"wsd, linear decay over the last {config.decay_fraction:.0%}"
+    schedule = {
+        "wsd": f"wsd, linear decay over the last {config.decay_fraction:.0%}",
+        "polynomial": f"polynomial, to the power {config.decay_power:g}",
+        "restarts": f"cosine with restarts every {config.cycle_steps} steps",
+    }.get(config.schedule, config.schedule)
+    if config.layer_lr_decay < 1:
+        schedule += f", {config.layer_lr_decay:g} of the rate a layer down"
     warmup = config.resolved_warmup_steps
     learned = ""
     if config.lora:
@@ -402,7 +435,8 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
         "run": f"{config.max_steps:,} steps = {plan.tokens_are}{plan.total_tokens:,} tokens{epochs}",
         "compute": f"{plan.flops_per_token:,.0f} FLOPs a token{head}, {plan.total_flops:.3g} in all",
         "memory estimate": f"{plan.memory_total / GIB:.2f} GiB a rank ({memory})",
-        "optimizer": f"{config.optimizer}, peak learning rate {config.learning_rate:g}, {warmup:,} steps of warm-up, {schedule}",
+        "optimizer": f"{config.optimizer_shown}, peak learning rate {config.learning_rate:g}, "
+        f"{warmup:,} steps of warm-up, {schedule}",
         **extra,
     }
     if warmup >= config.max_steps:

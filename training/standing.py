@@ -29,7 +29,7 @@ _NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype"
 # what decides how the weights of a run's checkpoints are read; anything else may change when a run goes on
 _KEPT_OPTIONS = (
     "stage", "lora", "lora_r", "lora_alpha", "lora_target_modules", "rslora", "dora", "load_in_4bit", "optimizer",
-    "add_chat_tokens",
+    "optimizer_file", "ema", "add_chat_tokens",
     "model", "next_sentence", "hidden_size", "num_layers", "num_heads", "rope_theta", "qk_norm", "tie_word_embeddings",
 )  # fmt: skip
 

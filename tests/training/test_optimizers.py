@@ -1,4 +1,5 @@
-"""Do AdamW and Muon make the update their papers define, on any number of ranks, and none at all when told to skip?"""
+"""Do AdamW and Muon make the update their papers define, on any number of ranks? Does every optimizer of the table update
+each parameter once, at the rate of its depth, and not at all when told to skip?"""
 
 import math
 
@@ -6,18 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.lora import add_adapters
+from errors import UserError
 from model import Transformer
 from model_config import ModelConfig
 from tests.ranks import run_ranks
-from training.optimizers import NEWTON_SCHULZ_COEFFICIENTS, Muon, build_optimizers, orthogonalize
+from training.muon import NEWTON_SCHULZ_COEFFICIENTS, Muon, orthogonalize
+from training.optimizers import OPTIMIZERS, build_optimizers
 
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.1
 
 
-def tiny_model(tied=False, layers=3, seed=0):
+def tiny_model(tied=False, layers=3, seed=0, width=32):
     config = ModelConfig(
         vocab_size=64,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=80,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -32,7 +36,7 @@ def tiny_model(tied=False, layers=3, seed=0):
 def random_gradients(model, step):
     for index, parameter in enumerate(model.parameters()):
         generator = torch.Generator().manual_seed(1000 * step + index)
-        parameter.grad = torch.randn(parameter.shape, generator=generator) * 0.01
+        parameter.grad = (torch.randn(parameter.shape, generator=generator) * 0.01).to(parameter.device)
 
 
 def optimizers_for(model, name):
@@ -56,18 +60,19 @@ def by_name(model, optimizers):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name, tied):
     model = tiny_model(tied)
-    hidden = ("Muon" if name == "muon" else "AdamW", WEIGHT_DECAY)
+    rest = "AdamW" if name in ("adamw", "muon") else "ByRule"
+    hidden = ("Muon" if name == "muon" else rest, WEIGHT_DECAY)
     roles = by_name(model, optimizers_for(model, name))
     for parameter_name in dict(model.named_parameters()):
         if parameter_name.endswith("_proj.weight"):
             expected = hidden
         elif parameter_name == "lm_head.weight":
-            expected = ("AdamW", WEIGHT_DECAY)
+            expected = (rest, WEIGHT_DECAY)
         else:
-            expected = ("AdamW", 0.0)
+            expected = (rest, 0.0)
         assert roles.pop(parameter_name) == expected, parameter_name
     assert not roles
 
@@ -81,10 +86,93 @@ def test_frozen_parameters_are_left_out_and_base_lr_is_on_every_group():
 
 
 def test_a_model_without_anything_to_train_and_an_unknown_name_are_refused():
-    with pytest.raises(ValueError, match="sgd"):
-        optimizers_for(tiny_model(), "sgd")
+    with pytest.raises(ValueError, match="wobbly"):
+        optimizers_for(tiny_model(), "wobbly")
     with pytest.raises(ValueError, match="no trainable parameters"):
         optimizers_for(tiny_model().requires_grad_(False), "muon")
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_learning_rates_fall_with_the_depth(name, adapters):
+    """0.5 to the depth below the head: three blocks at 1/2, 1/4, 1/8, embeddings at 1/16, adapters as their blocks."""
+    model = tiny_model()
+    if adapters:
+        add_adapters(model, rank=4, alpha=8.0)
+    optimizers = build_optimizers(model, name=name, learning_rate=1.0, weight_decay=0.1, layer_lr_decay=0.5)
+    names = {id(parameter): found for found, parameter in model.named_parameters()}
+    rates = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert group["lr"] == group["base_lr"]
+            rates |= {names[id(parameter)]: group["base_lr"] for parameter in group["params"]}
+    places = {"layers.2.": 1 / 2, "layers.1.": 1 / 4, "layers.0.": 1 / 8, "embed_tokens": 1 / 16, "": 1.0}
+    assert rates == {found: next(rate for place, rate in places.items() if place in found) for found in rates}
+    assert set(rates.values()) == ({1 / 2, 1 / 4, 1 / 8} if adapters else set(places.values()))
+
+
+def test_one_step_moves_each_block_in_proportion_to_its_rate():
+    """Of Lion each weight moves by just its rate."""
+    model, before = tiny_model(), tiny_model()
+    optimizers = build_optimizers(model, name="lion", learning_rate=1e-3, weight_decay=0.0, layer_lr_decay=0.8)
+    random_gradients(model, 0)
+    optimizers[0].step()
+    for layer in range(3):
+        moved = model.model.layers[layer].mlp.up_proj.weight - before.model.layers[layer].mlp.up_proj.weight
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-3 * 0.8 ** (3 - layer)), rtol=1e-3, atol=0)
+
+
+# ---- an optimizer of a user's own ------------------------------------------------------------------------------------
+
+OWN = """
+import torch
+
+def build(groups, settings):
+    return torch.optim.NAdam([{**group, "lr": group["lr"] * 2} for group in groups], betas=(settings.beta1, settings.beta2))
+
+def half(groups, settings):
+    return [torch.optim.SGD(groups[:1], lr=1.0)]
+
+def nothing(groups, settings):
+    return None
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    return f"{tmp_path / 'own.py'}:"
+
+
+def test_a_file_of_ones_own_builds_the_optimizer(own):
+    """Its groups keep the decay and the rates that the file gave them, and the steps are those of the library's."""
+    options = {"name": "muon", "learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.9}
+    model, twin = tiny_model(), tiny_model()
+    (optimizer,) = build_optimizers(model, file=f"{own}build", **options)
+    assert {group["base_lr"] for group in optimizer.param_groups} == {2e-3}
+    theirs = torch.optim.NAdam(
+        [
+            {"params": [p for p in twin.parameters() if p.ndim > 1 and p is not twin.model.embed_tokens.weight],
+             "weight_decay": 0.1},
+            {"params": [p for p in twin.parameters() if p.ndim < 2 or p is twin.model.embed_tokens.weight]},
+        ], lr=2e-3, betas=(0.8, 0.9),
+    )  # fmt: skip
+    for step in range(3):
+        random_gradients(model, step)
+        random_gradients(twin, step)
+        optimizer.step()
+        theirs.step()
+    assert all(torch.equal(ours, other) for ours, other in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "where,words",
+    [("half", "each must be in one group"), ("nothing", "must return a torch.optim.Optimizer"),
+     ("absent", "has no function absent")],
+)  # fmt: skip
+def test_a_file_that_builds_something_else_is_refused(own, where, words):
+    with pytest.raises(UserError, match=words):
+        build_optimizers(tiny_model(), name="muon", learning_rate=1e-3, weight_decay=0.1, file=f"{own}{where}")
 
 
 # ---- AdamW -----------------------------------------------------------------------------------------------------------
@@ -243,10 +331,16 @@ def snapshot(model, optimizers):
     return tensors
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_found_inf_skips_the_step_bit_for_bit_and_training_goes_on_as_if_nothing_had_been(name):
-    model, undisturbed = tiny_model(), tiny_model()
-    optimizers, others = optimizers_for(model, name), optimizers_for(undisturbed, name)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "a file of one's own"])
+def test_found_inf_skips_the_step_bit_for_bit_and_training_goes_on_as_if_nothing_had_been(name, own):
+    width = 64 if name == "adamw8bit" else 32  # fewer values than 4096 are kept in fp32
+    model, undisturbed = tiny_model(width=width), tiny_model(width=width)
+    if name in OPTIMIZERS:
+        optimizers, others = optimizers_for(model, name), optimizers_for(undisturbed, name)
+    else:
+        options = {"name": "muon", "learning_rate": LEARNING_RATE, "weight_decay": 0.0, "file": f"{own}build"}
+        optimizers, others = build_optimizers(model, **options), build_optimizers(undisturbed, **options)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
     found_inf = torch.zeros(())
     for optimizer in optimizers:
         optimizer.found_inf = found_inf
@@ -264,7 +358,8 @@ def test_found_inf_skips_the_step_bit_for_bit_and_training_goes_on_as_if_nothing
             assert all(
                 torch.equal(x, y) for x, y in zip(before, after, strict=False)
             )  # state appears at the first step
-            assert not any(torch.count_nonzero(tensor) for tensor in after[len(before) :])
+            started = [tensor for tensor in after[len(before) :] if torch.count_nonzero(tensor)]
+            assert all(any(torch.equal(tensor, weight) for weight in weights) for tensor in started)
         for this_model, these in ((model, optimizers), (undisturbed, others)):
             random_gradients(this_model, step)
             for optimizer in these:
@@ -274,12 +369,15 @@ def test_found_inf_skips_the_step_bit_for_bit_and_training_goes_on_as_if_nothing
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_on_a_gpu_a_step_and_a_skip_never_wait_for_the_device(name):
-    model = tiny_model().cuda()
+    model = tiny_model(width=64).cuda()
     optimizers = optimizers_for(model, name)
     for optimizer in optimizers:
         optimizer.found_inf = torch.zeros((), device="cuda")
+    random_gradients(model, 0)
+    for optimizer in optimizers:
+        optimizer.step()  # the first may bring tables to the device
     for skip in (False, True, False):
         gradients = [torch.full_like(p, math.nan) if skip else torch.randn_like(p) for p in model.parameters()]
         before = [parameter.detach().clone() for parameter in model.parameters()]

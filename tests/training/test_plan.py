@@ -13,6 +13,7 @@ from batches.packing import Sequence
 from families.new_models import ENCODERS, NEW_MODELS
 from model import Transformer
 from training.config import TrainConfig
+from training.optimizers import OPTIMIZERS, build_optimizers
 from training.plan import example_sizes, format_plan, learning_flops, model_shape, plan_run
 
 EXAMPLES = {"data_dir": [], "init_from": "base", "train_data": ["a.jsonl"], "optimizer": "adamw", "sample_prompt": ""}
@@ -74,29 +75,47 @@ def test_totals_and_time():
     assert config.resolved_warmup_steps == 5
 
 
-def test_state_memory_is_what_the_optimizers_hold():
-    """Weights, gradients and optimizer state exactly; AdamW keeps 8 bytes a parameter, Muon 4 for each hidden matrix's."""
-    from training.optimizers import build_optimizers
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_memory_is_what_the_optimizers_hold(name, lora):
+    """To the byte, but for step counters, beside weights and gradients."""
+    stage = {**EXAMPLES, "stage": "sft", "lora": True, "lora_r": 64} if lora else {}
+    schedule = {"schedule": "constant"} if name == "schedule_free" else {}
+    _, shape, plan = a_plan(**stage | {"optimizer": name}, **schedule)
+    model = Transformer(shape)
+    model.init_weights(0, zero_residual=True)
+    if lora:
+        add_adapters(model, rank=64, alpha=8.0)
+    optimizers = build_optimizers(model, name=name, learning_rate=1e-3, weight_decay=0.1)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    held = sum(
+        value.nbytes
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if value.dim()
+    )
+    if lora:
+        weights_and_gradients = sum(2 * parameter.nbytes for parameter in learning)
+        assert plan.memory["adapters, gradients and optimizer state (fp32)"] - weights_and_gradients == held
+        return
+    assert plan.memory[f"optimizer state ({'8-bit' if name == 'adamw8bit' else 'fp32'})"] == held
+    assert plan.memory["weights (fp32)"] == 4 * plan.parameters.total == plan.memory["gradients (fp32)"]
 
-    for name in ("muon", "adamw"):
-        _, shape, plan = a_plan(optimizer=name)
-        model = Transformer(shape)
-        model.init_weights(0, zero_residual=True)
-        optimizers = build_optimizers(model, name=name, learning_rate=1e-3, weight_decay=0.1)
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        for optimizer in optimizers:
-            optimizer.step()
-        held = sum(
-            value.numel() * value.element_size()
-            for optimizer in optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-            if value.dim()
-        )
-        # the closed form counts the norms, some hundred values, with the matrices
-        assert math.isclose(plan.memory["optimizer state (fp32)"], held, rel_tol=0.01)
-        assert plan.memory["weights (fp32)"] == 4 * plan.parameters.total == plan.memory["gradients (fp32)"]
+
+def test_an_average_takes_as_much_as_the_weights_that_learn():
+    for options in ({}, {**EXAMPLES, "stage": "ppo", "reward_model": "judge"}):
+        _, _, plan = a_plan(ema=0.9, **options)
+        assert plan.memory["weights' average (fp32)"] == 4 * plan.parameters.total
+    _, _, adapted = a_plan(**EXAMPLES, stage="sft", lora=True, ema=0.9)
+    assert (
+        adapted.memory["weights' average (fp32)"] * 4
+        == adapted.memory["adapters, gradients and optimizer state (fp32)"]
+    )
 
 
 @pytest.mark.parametrize("family", [None, *NEW_MODELS])
