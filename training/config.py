@@ -18,6 +18,7 @@ from errors import UserError
 from families.new_models import ENCODERS
 from families.task_names import TASKS
 from training.config_file import read_config_file
+from training.log_to import check_packages
 from training.option import add_flags, check_bounds, specs_of
 from training.option_groups import (
     GROUPS,
@@ -79,6 +80,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         """Raise UserError for values that cannot work together, before anything is read or built."""
         check_bounds(self, SPECS.values())
         self._check_stage(data_needed)
+        check_packages(self.log_to)
         if self.stage in ("grpo", "ppo"):
             self.check_rewards(self.stage)
         self.check_data()

@@ -12,6 +12,7 @@ from families.new_models import ENCODERS, MIXTURES, NEW_MODELS
 from families.task_names import TASKS
 from kernels.attention_backends import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
+from training.log_to import LOGGERS
 from training.optimizers import OPTIMIZERS
 from training.option import (
     A_SHARE,
@@ -360,6 +361,7 @@ class RunOptions:
     eval_iter: int | None = option("micro-batches read at each evaluation, in place of --eval_tokens: each of --micro_batch_size rows, or of --batch_size where that is not given, on however many ranks", None, bound=POSITIVE, read_by=PART_EVALUATED)
     sample_prompt: str = option("text to continue at each evaluation; an empty text draws no sample", "The ", aliases=("start_context",))
     sample_tokens: int = option("tokens of that sample", 100, bound=NOT_NEGATIVE, read_by=Runs("runs with a --sample_prompt", lambda c: bool(c.sample_prompt)))
+    log_to: list[str] = option("where figures, samples and events go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow or csv, also several of them (docs/monitor.md)", [], choices=LOGGERS)
     seed: int = option("of the initial weights and of the data order", 0)
 # fmt: on
 
