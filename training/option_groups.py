@@ -85,6 +85,7 @@ class StageOptions:
     """
 
     stage: str = option("what is learned: pretrain (the next token of text), mlm (hidden tokens of text, by an encoder), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers), classify (labels of texts), tag (a tag for each word), answer (where in a text the answer to a question is)", "pretrain", choices=STAGES)
+    loss_file: str | None = option("FILE:FUNCTION, a loss of your own in place of the stage's (docs/extending.md)", None)
     init_from: str | None = option("model to start from: a Hugging Face folder, or a run or checkpoint of groundup; its tokenizer and shape are taken", None, aliases=("load_model",))
 
 
@@ -362,6 +363,7 @@ class RunOptions:
     sample_prompt: str = option("text to continue at each evaluation; an empty text draws no sample", "The ", aliases=("start_context",))
     sample_tokens: int = option("tokens of that sample", 100, bound=NOT_NEGATIVE, read_by=Runs("runs with a --sample_prompt", lambda c: bool(c.sample_prompt)))
     log_to: list[str] = option("where figures, samples and events go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow or csv, also several of them (docs/monitor.md)", [], choices=LOGGERS)
+    hooks: list[str] = option("files of your own functions on_start, on_step, on_evaluate, on_checkpoint and on_finish, which look at the run and steer it (docs/extending.md)", [])
     seed: int = option("of the initial weights and of the data order", 0)
 # fmt: on
 
