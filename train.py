@@ -37,12 +37,14 @@ from ranks import Ranks, start_ranks, stop_ranks, unwrap
 from sharding import gathered, padded, whole
 from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.classify import Classify
+from stages.custom_loss import choose_loss
 from stages.grpo import GRPO
 from stages.ppo import PPO
 from tools.run_plan import run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, git_commit, next_command, versions
+from training.hooks import Hooks, load_hooks
 from training.loading import build_model, checkpoint_parts, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Figures, Metrics, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
 from training.numerics import choose_numerics, machine_lines
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_stage(
     given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | None = None
 ) -> tuple[bool, StopRequest]:
-    """Train as `given` says. Returns whether --max_steps is reached, and the signals that were received until then.
+    """Train as `given` says. Returns whether --max_steps or --hooks ended it, and the signals that were received until then.
 
     from_file: of a stage of a plan, the options in `given` that come from its file and not from the command line.
     """
@@ -97,9 +99,9 @@ def run_stage(
         start_step, stop = run.step, StopRequest()
         with failures_recorded(run):
             loop(run, stop)
-        finished = run.step >= run.config.max_steps
-        if run.step > start_step:
-            event, words = ("finish", "finished")
+        finished = run.step >= run.config.max_steps or run.hooks.stop
+        if run.step > start_step or run.hooks.stop:
+            event, words = ("finish", "ended by --hooks" if run.hooks.stop else "finished")
             if not finished:
                 event, words = ("stop", f"stopped by {stop.received_by_any(ranks).name}")
             advice = next_command(run.config, finished, in_plan=from_file is not None)
@@ -118,6 +120,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     if config.batch_size < ranks.world_size:
         raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
     config, pins, said = stand_on(config, saved, resumed_from)
+    hooks = load_hooks(config, saved.get("hooks", {}))
     base = Path(config.init_from) if config.init_from else None
     base_shape = read_base_shape(config, base) if base else None
     precision, kernels = choose_numerics(config, base_shape, ranks.device)
@@ -171,8 +174,9 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         stage.load_state(saved["stage"])
     samples = saved.get("samples_consumed", 0)
     return Run(
-        config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, start_step, samples,
+        config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, hooks, start_step, samples,
         tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0), ema=ema,
+        learning_rate=saved.get("learning_rate", 0.0), checkpoint=resumed_from,
     )  # fmt: skip
 
 
@@ -198,6 +202,8 @@ def loop(run: "Run", stop: StopRequest) -> None:
     if run.step >= config.max_steps:
         words = f"nothing to do: the run is at step {run.step} of --max_steps {config.max_steps}"
         return log.event(run.step, "finish", words)
+    if not run.hooks.start(run):
+        return run.hooks.finish(run)
     batches = run.stage.batches(run.samples)
     first = next(batches)
     settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
@@ -208,7 +214,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
     ):
         run.give_up_if_unscored(step)
         log.status("compiling" if config.compile_model and step == start_step else "training", step)
-        lr_factor = config.lr_factor(step)
+        lr_factor = run.hooks.lr_factor * config.lr_factor(step)
         metrics, grad_norm, stopping = run.optimizer_step(micro_batches, lr_factor, stop.signal is not None)
         clock.steps += 1
         clock.tokens += run.step_tokens
@@ -216,24 +222,29 @@ def loop(run: "Run", stop: StopRequest) -> None:
         # rollouts are drawn with the weights at the start of their phase, so only there can a run be gone on from exactly
         save_due |= done % config.resolved_save_interval == 0
         between_phases = done % config.steps_per_phase == 0
-        stopping &= between_phases
+        extra = run.hooks.step(run, metrics, grad_norm)
+        stopping = (stopping or run.hooks.stop) and between_phases
         log.live(done)
 
         to_log = done % config.log_interval == 0 or last or stopping
         if to_log:
             figures = reduce_metrics(metrics, run.ranks)  # waits for the device: the clock is right from here
-            log.train(train_row(run, figures, lr_factor, grad_norm, clock))
+            log.train(train_row(run, figures | extra, grad_norm, clock))
             clock.restart()
         if to_log or done % CHECK_INTERVAL == 0:
             run.give_up_if_diverged(done)
         with clock.paused():
-            if last or stopping or (save_due and between_phases):
+            if last or stopping or ((save_due or run.hooks.save) and between_phases):
                 run.save(done)  # before evaluating: an evaluation that fails must not cost the steps before it
                 save_due = False
-            if last or (config.eval_interval and done % config.eval_interval == 0 and not stopping):
+            if last or ((config.evaluates_after(done) or run.hooks.evaluate) and not stopping):
                 run.evaluate(done, last)
+            stopping |= run.hooks.stop and between_phases  # as on_evaluate may ask
+            if (stopping or (run.hooks.save and between_phases)) and run.saved_step != done:
+                run.save(done)
         if stopping:
             break
+    run.hooks.finish(run)
 
 
 @dataclass
@@ -252,12 +263,15 @@ class Run:
     scaler: LossScaler
     data: StageData
     stands_on: Pins = field(default_factory=dict)
+    hooks: Hooks = field(default_factory=Hooks)
     step: int = 0
     samples: int = 0  # consumed so far: the run's position in the data
     tokens: int = 0
     step_tokens: int = 0  # of the last step, over all ranks
     empty_steps: int = 0  # of which no rank had anything to learn
+    learning_rate: float = 0.0  # of the last step
     saved_step: int | None = None
+    checkpoint: Path | None = None  # the newest that was read or written
     failed_saves: int = 0
     best_loss: float | None = None
     ema: Ema | None = None  # average of the weights
@@ -266,6 +280,7 @@ class Run:
     def __post_init__(self) -> None:
         self.bad_steps = torch.zeros((), device=self.ranks.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.loss = choose_loss(self.config, self.stage.loss)
 
     def backward(self, micro_batches: list[MicroBatch], total_weight: float) -> Metrics:
         """Forward and backward over this rank's micro-batches; gradients become those of Σ loss / total_weight over all ranks."""
@@ -273,7 +288,7 @@ class Run:
         for index, (batch, counts) in enumerate(passes := padded(micro_batches, self.model, self.ranks)):
             with gradient_sync(self.model, enabled=index == len(passes) - 1):
                 with self.precision.autocast(self.ranks.device):
-                    loss, metrics = self.stage.loss(self.model, batch.to(self.ranks.device))
+                    loss, metrics = self.loss(self.model, batch.to(self.ranks.device))
                 # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone
                 (loss * (self.scaler.scale * (counts * self.ranks.world_size / total_weight))).backward()
             for name, (value, weight) in metrics.items() if counts else ():
@@ -295,6 +310,7 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.empty_steps += not total_weight
+        self.learning_rate = self.config.learning_rate * lr_factor
         self.step += 1
         self.samples += self.config.batch_size
         self.step_tokens = int(tokens)
@@ -347,6 +363,7 @@ class Run:
 
     @with_weights_to_use
     def save(self, step: int) -> None:
+        self.hooks.save = False
         self.log.status("saving", step)
         state = {
             "options": dataclasses.asdict(self.config),
@@ -354,9 +371,11 @@ class Run:
             "tokens_consumed": self.tokens,
             "data_order": self.data.order,
             "stands_on": self.stands_on,
+            "hooks": self.hooks.for_checkpoint(),
             "scaler": self.scaler.state(),
             "stage": self.stage.state() if isinstance(self.stage, (GRPO, PPO)) else {},
             "empty_steps": self.empty_steps,
+            "learning_rate": self.learning_rate,
             "versions": versions(),
             "git_commit": git_commit(),
         }
@@ -369,8 +388,9 @@ class Run:
             **checkpoint_parts(self.config, self.model, self.ema),
         )  # fmt: skip
         if result.ok:
-            self.failed_saves, self.saved_step = 0, step
+            self.failed_saves, self.saved_step, self.checkpoint = 0, step, result.path
             self.log.event(step, "save", f"saved {result.path}" + (f" ({result.message})" if result.message else ""))
+            self.hooks.call("on_checkpoint", self)
             return
         self.failed_saves += 1
         self.log.event(
@@ -385,25 +405,25 @@ class Run:
         """Validation figures over all ranks, then, on the first, a sample of text and the plot of the run so far."""
         self.log.status("evaluating", step)
         start = time.perf_counter()
-        if figures := figures_of_both(self.ema, self.stage.evaluate, self.model, last):
-            self.log.evaluation(step, time.perf_counter() - start, figures)
-            if figures["val_loss"] is not None:
-                self.mark_if_best(step, figures["val_loss"])
+        figures = figures_of_both(self.ema, self.stage.evaluate, self.model, last)
+        seconds, self.hooks.evaluate = time.perf_counter() - start, False
+        if row := figures | self.hooks.call("on_evaluate", self, figures):
+            self.log.evaluation(step, seconds, row)
+        if (val_loss := figures.get("val_loss")) is not None:
+            self.mark_if_best(step, val_loss)
         if self.config.sample_prompt:
             self.log.status("sampling", step)
             with gathered(self.model):
                 self.sample(step)
         if not self.ranks.is_main:
             return
-        # here, because it imports matplotlib for seconds, and a short run may draw nothing
-        from training.plots import plot_runs
+        from training.plots import (
+            draw_run,  # here: matplotlib takes seconds to import, and a short run may draw nothing
+        )
 
-        plot_runs([read_history(self.config.save_dir)], Path(self.config.save_dir) / "curves.png")
-        if last and isinstance(self.stage, Classify) and self.stage.confusion is not None:
-            from training.confusion_plot import plot_confusion
-
-            names = self.stage.labels.names
-            plot_confusion(self.stage.confusion, names, Path(self.config.save_dir) / "confusion.png", title="held out")
+        draw_run(self.config.save_dir)
+        if last and isinstance(self.stage, Classify):
+            self.stage.draw_confusion(Path(self.config.save_dir) / "confusion.png")
 
     def sample(self, step: int) -> None:
         if self.ranks.is_main:
@@ -428,7 +448,7 @@ class Run:
             mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
 
 
-def train_row(run: Run, figures: Figures, lr_factor: float, grad_norm: Tensor | None, clock: Clock) -> TrainRow:
+def train_row(run: Run, figures: Figures, grad_norm: Tensor | None, clock: Clock) -> TrainRow:
     plan, seconds = run.plan, clock.seconds_per_step()
     rate = clock.tokens / max(1, clock.steps) / seconds
     used, reserved = memory_gb(run.ranks.device)
@@ -436,7 +456,7 @@ def train_row(run: Run, figures: Figures, lr_factor: float, grad_norm: Tensor | 
     return TrainRow(
         step=run.step,
         loss=figures["loss"],
-        lr=run.config.learning_rate * lr_factor,
+        lr=run.learning_rate,
         grad_norm=None if grad_norm is None else grad_norm.item(),
         tok_s=rate,
         tok_s_gpu=rate / plan.world_size,

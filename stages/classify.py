@@ -7,6 +7,7 @@ has read the whole text (Radford et al. 2018), or of a mean where the model's he
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,6 +78,13 @@ class Classify:
         )
         (loss,) = self.feed.ranks.sum([loss])
         return {"val_loss": mean(loss, len(groups)), **self._figures(found, labels, own.start, len(groups))}
+
+    def draw_confusion(self, path: Path) -> None:
+        """The counts of the last evaluation as a PNG; nothing where there are none."""
+        from training.confusion_plot import plot_confusion  # here: matplotlib takes seconds to import
+
+        if self.confusion is not None:
+            plot_confusion(self.confusion, self.labels.names, path, title="held out")
 
     def _figures(self, found: np.ndarray, labels: np.ndarray, first: int, total: int) -> Figures:
         """Of this rank's logits and labels, which begin at example `first` of `total`, together with those of the others."""

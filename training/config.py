@@ -18,6 +18,7 @@ from errors import UserError
 from families.new_models import ENCODERS
 from families.task_names import TASKS
 from training.config_file import read_config_file
+from training.log_to import check_packages
 from training.option import add_flags, check_bounds, specs_of
 from training.option_groups import (
     GROUPS,
@@ -37,6 +38,7 @@ from training.option_groups import (
     StageOptions,
     TaskOptions,
 )
+from training.user_code import read_hooks, read_loss
 
 _FINE_TUNING = {
     "optimizer": "adamw",
@@ -82,6 +84,11 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         """Raise UserError for values that cannot work together, before anything is read or built."""
         check_bounds(self, SPECS.values())
         self._check_stage(data_needed)
+        check_packages(self.log_to)
+        for path in self.hooks:
+            read_hooks(path)
+        if self.loss_file:
+            read_loss(self.loss_file)
         if self.stage in ("grpo", "ppo"):
             self.check_rewards(self.stage)
         self.check_data()
@@ -163,6 +170,10 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         """--eval_tokens, or those of --eval_iter micro-batches with rows of `max_length`; 0 means all."""
         rows = self.micro_batch_size or self.batch_size  # not a rank's share: figures must not depend on their number
         return self.eval_tokens if self.eval_iter is None else self.eval_iter * rows * max_length
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether --eval_interval asks for an evaluation after so many steps."""
+        return self.eval_interval > 0 and step > 0 and step % self.eval_interval == 0
 
     @property
     def resolved_save_interval(self) -> int:

@@ -126,7 +126,7 @@ NAMES: dict[str, Is | Only | Unused] = {
     "evaluation_strategy": Is("evaluations"),
     "resume_from_checkpoint": Is("checkpoint", {True: "latest", False: None, None: None}),
     "tf32": Only((True, None), "on a GPU what stays fp32 may always use TF32"),
-    "report_to": Only(("none", None, ()), "figures go to metrics.jsonl, for utils.py monitor"),
+    "report_to": Is("log_to"),
     "push_to_hub": Only(_OFF, "nothing is uploaded"),
     "load_best_model_at_end": Only(
         _OFF, "the best checkpoint is kept and marked (`best`), and the run ends with its last one"
@@ -309,6 +309,8 @@ def _read(
             raise UserError(f"--config {where}: {name} {value} cannot be done: {_IN_STEPS}")
         if value == "no":
             put("eval_interval", name, 0)
+    elif name == "report_to":
+        put("log_to", name, [] if value in ("none", ["none"], None) else value)
     elif name == "warmup_ratio":
         if not isinstance(value, int | float) or not 0 <= value < 1:
             raise UserError(f"--config {where}: warmup_ratio is {value!r}; it must be from 0 up to, not including, 1")
@@ -392,7 +394,7 @@ def _set_batch(
 
 def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
+        return " ".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -2,6 +2,7 @@
 
 In the run's folder: run.json (what was started), metrics.jsonl (one JSON object a line), status.json (what it is doing
 now); run_files.py reads them. On the terminal: one line at each log interval, and, on a terminal, a live line below it.
+The rows of metrics.jsonl go to the back ends of --log_to, too (log_to.py).
 """
 
 import contextlib
@@ -20,13 +21,16 @@ from typing import Any, TextIO, TypeVar
 import torch
 from torch import Tensor
 
+from checkpointing.save_folder import from_rank_0
 from ranks import Ranks
+from training.log_to import Loggers
 from training.run_files import METRICS_FILE, RUN_FILE, STATUS_FILE, duration
 
 T = TypeVar("T")
 Metrics = dict[str, tuple[Tensor, float | Tensor]]  # {metric: (sum, weight)} of one rank
 Figures = dict[str, float | None]  # of all ranks, None where nothing was averaged over
 
+_LAST_STATES = ("finished", "stopped", "failed")
 _STATUS_SECONDS = 5.0
 _LIVE_SECONDS = 0.5
 
@@ -116,19 +120,26 @@ class RunLog:
         self._status_written = 0.0
         self._state = ""
         self._progress = ProgressLine(sys.stdout, enabled=is_main)
+        self._loggers: Loggers | None = None
         if is_main:
             self._end_cut_line()
 
     def start(self, run: dict[str, Any]) -> None:
-        """Write run.json."""
-        if self._is_main:
-            write_json(self._dir / RUN_FILE, run)
+        """Write run.json, and begin the back ends of --log_to. Every rank calls it. UserError where one cannot begin."""
+
+        def begin() -> None:
+            if self._is_main:
+                self._loggers = Loggers(self._dir, run, self._step)
+                write_json(self._dir / RUN_FILE, run)
+
+        from_rank_0(begin)
+        self._say_failures(self._step)
 
     def train(self, row: TrainRow) -> None:
         """One log line: to metrics.jsonl and to the terminal."""
         self._eta = row.dt * (self._max_steps - row.step)
         columns = dict(row.__dict__)
-        self._append(columns | columns.pop("figures"))
+        self._append("train", columns | columns.pop("figures"))
         more = "".join(f"{name} {shown(value, 3)}  " for name, value in row.figures.items())
         mfu = "mfu n/a" if row.mfu is None else f"mfu {row.mfu:.1%}"
         skipped = "  not finite: step skipped" if row.loss is not None and not math.isfinite(row.loss) else ""
@@ -140,21 +151,24 @@ class RunLog:
         )
 
     def evaluation(self, step: int, seconds: float, figures: dict[str, float | None]) -> None:
-        self._append({"step": step, **figures, "eval_s": seconds})
+        self._append("evaluation", {"step": step, **figures, "eval_s": seconds})
         words = "  ".join(f"{name} {shown(value, 4)}" for name, value in figures.items())
         self.say(f"step {step:,}  {words}  ({seconds:.1f} s)")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        self._append({"step": step, "prompt": prompt, "sample": text})
+        self._append("sample", {"step": step, "prompt": prompt, "sample": text})
         self.say(f"step {step:,} sample: {prompt}{text}".replace("\n", "\n    "))
 
     def event(self, step: int, event: str, message: str) -> None:
         """start, resume, save, alert, nan, finish or stop, with a sentence."""
-        self._append({"step": step, "event": event, "message": message})
+        self._append("event", {"step": step, "event": event, "message": message})
         self.say(message)
 
     def status(self, state: str, step: int, error: str | None = None) -> None:
-        """Say what the run does now: at once when the state changes, otherwise at most every 5 seconds."""
+        """Say what the run does now: at once when the state changes, otherwise at most every 5 seconds.
+
+        finished, stopped and failed are the last one, and end the back ends.
+        """
         self._step = step
         if not self._is_main:
             return
@@ -164,6 +178,9 @@ class RunLog:
         self._state, self._status_written = state, now
         content = {"state": state, "step": step, "max_steps": self._max_steps, "time": time.time(), "eta_s": self._eta}
         write_json(self._dir / STATUS_FILE, {**content, "error": error})
+        if state in _LAST_STATES and self._loggers:
+            self._loggers.close(failed=state == "failed")
+            self._say_failures(step)
 
     def live(self, step: int) -> None:
         """Move the live line on (terminals only)."""
@@ -176,17 +193,26 @@ class RunLog:
     def close(self) -> None:
         self._progress.clear()
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _append(self, kind: str, row: dict[str, Any]) -> None:
         """One whole line in one write, so that a reader sees no half of it and a crash loses at most this line."""
         if not self._is_main:
             return
         row = {"step": row["step"], "time": time.time(), **row}
-        line = json.dumps({name: _finite_or_null(value) for name, value in row.items()}) + "\n"
+        row = {name: _finite_or_null(value) for name, value in row.items()}
+        line = json.dumps(row) + "\n"
         try:
             with open(self._dir / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:  # a full disk must not end a run that could still be saved
             self._progress.print(f"warning: {self._dir / METRICS_FILE} could not be written: {error}")
+        if self._loggers:
+            self._loggers.log(kind, row)
+            self._say_failures(row["step"])
+
+    def _say_failures(self, step: int) -> None:
+        """An alert for each back end that failed since the last look."""
+        while self._loggers and self._loggers.failures:
+            self.event(step, "alert", self._loggers.failures.pop(0))
 
     def _end_cut_line(self) -> None:
         """A killed run may have left half a line; end it, so that the next one starts at the left margin."""

@@ -13,6 +13,7 @@ from families.new_models import ENCODERS, MIXTURES, NEW_MODELS
 from families.task_names import TASKS
 from kernels.attention_backends import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
+from training.log_to import LOGGERS
 from training.optimizers import OPTIMIZERS, load_builder
 from training.option import (
     A_SHARE,
@@ -96,6 +97,7 @@ class StageOptions:
     """
 
     stage: str = option("what is learned: pretrain (the next token of text), mlm (hidden tokens of text, by an encoder), sft (answers), reward (a score from pairs), dpo (preferences: --dpo_loss), grpo or ppo (what a reward function asks of the model's own answers), classify (labels of texts), tag (a tag for each word), answer (where in a text the answer to a question is)", "pretrain", choices=STAGES)
+    loss_file: str | None = option("FILE:FUNCTION, a loss of your own in place of the stage's (docs/extending.md)", None)
     init_from: str | None = option("model to start from: a Hugging Face folder, or a run or checkpoint of groundup; its tokenizer and shape are taken", None, aliases=("load_model",))
 
 
@@ -432,6 +434,8 @@ class RunOptions:
     eval_iter: int | None = option("micro-batches read at each evaluation, in place of --eval_tokens: each of --micro_batch_size rows, or of --batch_size where that is not given, on however many ranks", None, bound=POSITIVE, read_by=PART_EVALUATED)
     sample_prompt: str = option("text to continue at each evaluation; an empty text draws no sample", "The ", aliases=("start_context",))
     sample_tokens: int = option("tokens of that sample", 100, bound=NOT_NEGATIVE, read_by=Runs("runs with a --sample_prompt", lambda c: bool(c.sample_prompt)))
+    log_to: list[str] = option("where figures, samples and events go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow or csv, also several of them (docs/monitor.md)", [], choices=LOGGERS)
+    hooks: list[str] = option("files of your own functions on_start, on_step, on_evaluate, on_checkpoint and on_finish, which look at the run and steer it (docs/extending.md)", [])
     seed: int = option("of the initial weights and of the data order", 0)
 # fmt: on
 

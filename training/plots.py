@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from training.run_files import RunHistory, column, robust_range, smoothed
+from training.run_files import RunHistory, column, read_history, robust_range, smoothed
 from training.stage_figures import Panel, StageFigures, shared_figures
 
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
@@ -41,6 +41,11 @@ def plot_runs(runs: Sequence[RunHistory], path: str | os.PathLike) -> None:
         axes.set_xlim(left=0)
     figure.suptitle(_title(runs), fontsize=11, parse_math=False)
     save_png(figure, path)
+
+
+def draw_run(folder: str | os.PathLike) -> None:
+    """The curves of the run in `folder`, in curves.png there."""
+    plot_runs([read_history(folder)], Path(folder) / "curves.png")
 
 
 def save_png(figure: Figure, path: str | os.PathLike) -> None:

@@ -158,7 +158,7 @@ def check_plan(stages: list[PlannedStage], flags: dict[str, Any]) -> None:
 
 
 def finished_checkpoint(given: dict[str, Any], follows: bool) -> Path | None:
-    """The last checkpoint of a stage that is at its --max_steps, None if it is not. Raises UserError.
+    """The last checkpoint of a stage that is at its --max_steps, or that --hooks ended; None if neither. Raises UserError.
 
     follows: whether it starts from the stage before, which must then still end in what it was started from.
     """
@@ -172,7 +172,8 @@ def finished_checkpoint(given: dict[str, Any], follows: bool) -> Path | None:
             f"{path} was trained from {options['init_from']}, but the stage before ends in {given['init_from']} now: remove "
             f"{given['save_dir']} to train it anew, or run the plan in another --save_dir"
         )
-    return path if state["step"] >= given.get("max_steps", options["max_steps"]) else None
+    ended = state["step"] >= given.get("max_steps", options["max_steps"]) or state.get("hooks", {}).get("stop", False)
+    return path if ended else None
 
 
 def _checked(options: dict[str, Any], where: str) -> dict[str, Any]:

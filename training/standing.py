@@ -4,7 +4,8 @@ A run's model is not in its data alone: adapters are a difference from a base, a
 model is the judge. Each folder that is named by a flag is resolved to one checkpoint when the run begins and pinned, by its
 path and by SHA-256 of what is in it, in every checkpoint. A resumed run stands on the same folder, though RUN in
 `--init_from RUN` has trained on since, and reads all of it once to see that it is the same; the digest, not the name, is
-what must agree, so a folder that was moved may be named anew. Data is pinned in `data_order`, see training/resume.py.
+what must agree, so a folder that was moved may be named anew. Data is pinned in `data_order`, see training/resume.py. Files
+of the user's own code are pinned too; a run may go on with others, and says so.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from errors import UserError
 from model import weight_files
 from training.config import TrainConfig
 from training.loading import find_base, find_model_or_adapter
+from training.user_code import read_hooks, read_loss
 
 Pins = dict[str, dict[str, str]]
 
@@ -64,7 +66,26 @@ def stand_on(
         said += words
         paths: dict[str, Any] = {name: pin["path"]}
         config = replace(config, **paths)
+    for name, files in {"hooks": config.hooks, "loss_file": [config.loss_file] if config.loss_file else []}.items():
+        pins[name] = {path: _digest_code(name, path) for path in files}
+        said += _changed_code(name, pins[name], before.get(name, {}), checkpoint)
     return config, pins, said
+
+
+def _digest_code(name: str, path: str) -> str:
+    """SHA-256 of a file of --hooks or --loss_file, without what it imports."""
+    code = read_hooks(path) if name == "hooks" else read_loss(path)[0]
+    return code.sha256
+
+
+def _changed_code(name: str, now: dict[str, str], before: dict[str, str], checkpoint: Path | None) -> list[str]:
+    """A sentence where the code is not what `checkpoint` was trained with; a file that was only moved is."""
+    if checkpoint is None or list(now.values()) == list(before.values()):
+        return []
+    changed = [path for path in now if path in before and now[path] != before[path]]
+    parts = {"changed": changed, "new": now.keys() - before.keys(), "left out": before.keys() - now.keys()}
+    words = "; ".join(f"{what}: {', '.join(sorted(paths))}" for what, paths in parts.items() if paths)
+    return [f"--{name} is not what {checkpoint} was trained with ({words or 'another order'})"]
 
 
 def _pin(

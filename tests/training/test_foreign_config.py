@@ -129,6 +129,12 @@ def test_names_that_mean_another_option_in_each_stage(written):
         resolve_config({"config": written(common), "stage": "sft"})
 
 
+@pytest.mark.parametrize(("value", "log_to"), [("none", []), (["none"], []), ("csv", ["csv"]), (["csv"], ["csv"])])
+def test_report_to_is_log_to(written, value, log_to):
+    config, _ = resolve_config({"config": written(FLAT | {"report_to": value}), "stage": "sft"})
+    assert config.log_to == log_to
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -138,7 +144,7 @@ def test_names_that_mean_another_option_in_each_stage(written):
         ({"model": {"trust_remote_code": True}}, "trust_remote_code true cannot be done"),
         ({"quantization": {"bnb_4bit_quant_type": "fp4"}}, "bnb_4bit_quant_type fp4 cannot be done"),
         ({"lora": {"bias": "all"}}, "bias all cannot be done: adapters have no biases"),
-        ({"report_to": ["wandb"]}, "report_to wandb cannot be done: figures go to metrics.jsonl"),
+        ({"report_to": ["comet_ml"]}, "log_to is 'comet_ml', not one of tensorboard, wandb"),
         ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type greedy cannot be done; known are cosine"),
         ({"optim": "rmsprop"}, "optim rmsprop cannot be done"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true"),
