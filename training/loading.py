@@ -77,8 +77,10 @@ def read_shape(folder: Path) -> ModelConfig:
 
 
 def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
-    """The shape of the model of --init_from. UserError where it has not the head that the stage learns with."""
+    """The shape of the model of --init_from. UserError where the stage cannot learn with its head or its weights."""
     shape = read_shape(base)
+    if read_json(base / "config.json").get("quantization_config"):
+        _refuse_frozen(config)
     named = f"--init_from {config.init_from} is a {shape.family}"
     if config.stage in TASKS:
         return shape
@@ -99,6 +101,18 @@ def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
         words = "with a next-sentence head: add" if shape.next_sentence else "without a next-sentence head: leave out"
         raise UserError(f"{named} {words} --next_sentence")
     return shape
+
+
+def _refuse_frozen(config: TrainConfig) -> None:
+    """UserError for a run in which weights of --init_from would have to learn, or to get a head, that lie there in 4 bits."""
+    named = f"--init_from {config.init_from} holds 4-bit weights"
+    if config.stage in ("reward", *TASKS):
+        raise UserError(
+            f"{named}, and --stage {config.stage} puts a head on others: start from the model that it was made of, with "
+            "--lora --load_in_4bit to learn beside the same rounded weights"
+        )
+    if not config.lora:
+        raise UserError(f"{named}, which do not learn: add --lora, or start from the model that it was made of")
 
 
 def build_model(

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapters.actor_critic import REWARD_ADAPTER, REWARD_HEAD, ActorCritic, adapter_scores
+from adapters.base_models import load_base, save_quantised
 from adapters.lora import adapters_off, add_adapters
 from adapters.peft_files import save_adapter
 from adapters.scalar_head import RewardModel
@@ -15,7 +16,7 @@ from kernels.choice import KernelChoice
 from model import Transformer
 from model_config import ModelConfig
 from training.config import TrainConfig
-from training.loading import build_model, read_shape
+from training.loading import build_model, read_base_shape, read_shape
 from training.precision import choose_precision
 
 CPU = torch.device("cpu")
@@ -109,3 +110,25 @@ def test_a_judge_over_another_base_is_refused(base, judge, tmp_path):
         build(base, reward_model=str(judge[0]), load_in_4bit=True)
     with pytest.raises(UserError, match=r"utils\.py merge"):  # all weights learn: there is no base to share
         build(base, reward_model=str(judge[0]), lora=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stage": "pretrain", "train_data": []}, "which do not learn: add --lora, or start from the model that it was"),
+        ({"stage": "sft"}, "which do not learn: add --lora"),
+        ({"stage": "reward", "lora": True, "load_in_4bit": True}, "--stage reward puts a head .* --lora --load_in_4bit"),
+        ({"stage": "classify", "lora": True}, "--stage classify puts a head on others"),
+        ({"stage": "sft", "lora": True}, None),
+        ({"stage": "sft", "lora": True, "load_in_4bit": True}, None),
+    ],
+)  # fmt: skip
+def test_of_a_4_bit_base_adapters_alone_learn(options, words, base, tmp_path):
+    """Trained whole, its NF4 layers would stand still, and be saved as what nothing opens."""
+    save_quantised(load_base(base, quantise="nf4"), tmp_path / "four", {})
+    config = TrainConfig(**{"init_from": str(tmp_path / "four"), "train_data": ["x"], "sample_prompt": "", **options})
+    if words is None:
+        assert read_base_shape(config, tmp_path / "four") == read_shape(base)
+        return
+    with pytest.raises(UserError, match=words):
+        read_base_shape(config, tmp_path / "four")
