@@ -56,7 +56,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`product` with gradients; what F.linear is, on any device and in any dtype."""
     if not runs_on_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
+    # the compiler takes oneDNN's own operator for one of its fusions, and fails on it
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return product(x, weight, bias)
     return _linear(x, weight, bias)
 
