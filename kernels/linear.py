@@ -113,7 +113,11 @@ def _save(ctx, inputs, output):
 def _backward(ctx, upstream):
     want_x, want_weight, want_bias = ctx.needs_input_grad
     d_x, d_weight = _linear_backward(upstream, *ctx.saved_tensors, want_x, want_weight)
-    return d_x if want_x else None, d_weight if want_weight else None, upstream.flatten(0, -2).sum(0) if want_bias else None
+    return (
+        d_x if want_x else None,
+        d_weight if want_weight else None,
+        upstream.flatten(0, -2).sum(0) if want_bias else None,
+    )
 
 
 _linear.register_autograd(_backward, setup_context=_save)
