@@ -82,6 +82,9 @@ def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
     if read_json(base / "config.json").get("quantization_config"):
         _refuse_frozen(config)
     named = f"--init_from {config.init_from} is a {shape.family}"
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if shape.num_experts is None and getattr(config, name) != getattr(TrainConfig, name):
+            raise UserError(f"{named} without experts, and --{name} is for mixtures of experts: leave it out")
     if config.stage in TASKS:
         return shape
     if config.stage != "mlm":

@@ -1,6 +1,7 @@
 """Do the models of PPO start from what the command names: one base, its adapters, and a judge trained over the same base?"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,3 +133,15 @@ def test_of_a_4_bit_base_adapters_alone_learn(options, words, base, tmp_path):
         return
     with pytest.raises(UserError, match=words):
         read_base_shape(config, tmp_path / "four")
+
+
+def test_routers_losses_are_for_bases_that_have_routers(base, tmp_path):
+    mixture = {"family": "mixtral", "num_experts": 4, "experts_per_token": 2, "expert_size": 128}
+    shape = replace(read_shape(base), **mixture)
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        config = TrainConfig(init_from=str(base), **{name: 0.5})
+        with pytest.raises(UserError, match=f"is a llama without experts, and --{name} is for mixtures"):
+            read_base_shape(config, base)
+        assert read_base_shape(config, tmp_path).num_experts == 4
+    assert read_base_shape(TrainConfig(init_from=str(base)), base).num_experts is None
