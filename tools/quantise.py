@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from adapters.base_models import load_base, refuse_experts, save_quantised, stored_dtype
+from adapters.task_heads import saved_task
 from arguments import ArgumentParser
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError
@@ -34,7 +35,13 @@ def main(args: argparse.Namespace) -> int:
     folder, output = find_base(args.model, "--model"), Path(args.output)
     if output.exists():
         raise UserError(f"--output {output} exists; choose another name, or remove it first")
-    refuse_experts(read_shape(folder))
+    shape = read_shape(folder)
+    refuse_experts(shape)
+    if saved_task(folder):
+        raise UserError(
+            f"--model {folder} has the head of a classifier, a tagger or an answer finder, and 4 bits are for models "
+            "without one: quantise the model that it was made of"
+        )
     model = load_base(folder, dtype=stored_dtype(folder), quantise="nf4")
     files = {name: (folder / name).read_bytes() for name in dict.fromkeys(_FURTHER) if (folder / name).is_file()}
     save_quantised(model, output, files)

@@ -19,7 +19,7 @@ from adapters.lora import (
 )
 from adapters.peft_files import adapter_state, learned_over, load_adapter, peft_files, read_adapter_config
 from adapters.scalar_head import RewardModel
-from adapters.task_heads import Task, TaskModel
+from adapters.task_heads import Task, TaskModel, saved_task
 from adapters.token_rows import grow_vocabulary, learn_rows, start_rows
 from checkpointing.load import load_model, load_optimizers, resolve_checkpoint
 from checkpointing.safetensors_writer import safetensors_chunks
@@ -79,7 +79,8 @@ def read_shape(folder: Path) -> ModelConfig:
 def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
     """The shape of the model of --init_from. UserError where the stage cannot learn with its head or its weights."""
     shape = read_shape(base)
-    if read_json(base / "config.json").get("quantization_config"):
+    described = read_json(base / "config.json")
+    if described.get("quantization_config"):
         _refuse_frozen(config)
     named = f"--init_from {config.init_from} is a {shape.family}"
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):
@@ -87,6 +88,13 @@ def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
             raise UserError(f"{named} without experts, and --{name} is for mixtures of experts: leave it out")
     if config.stage in TASKS:
         return shape
+    task = saved_task(base)
+    named_class = (described.get("architectures") or [""])[0]
+    if task and not (config.stage == "reward" and task.stage == "classify"):  # a reward model learns on
+        raise UserError(
+            f"--init_from {config.init_from} is a {named_class}, without the head that "
+            f"--stage {config.stage} needs: start from the model that it was made of"
+        )
     if config.stage != "mlm":
         if not shape.causal:
             raise UserError(
@@ -308,6 +316,18 @@ def base_and_adapter(folder: Path, adapter: Path | None) -> tuple[Path, Path | N
     if not (base / "config.json").exists():
         raise UserError(f"{folder} holds an adapter, and its base {base} is not here; give the base and --adapter")
     return base, folder
+
+
+def task_of(base: Path, adapter: Path | None) -> Task | None:
+    """What a model with its adapter, or without one, is for; None of one that writes, fills masks or embeds."""
+    return (saved_task(adapter) if adapter else None) or saved_task(base)
+
+
+def check_writes(folder: Path, adapter: Path | None) -> None:
+    """UserError for a model that reads alone, before its weights are read. Arguments as in `load_for_use`."""
+    base, on_it = base_and_adapter(folder, adapter)
+    if task_of(base, on_it) or not read_shape(base).causal:
+        raise UserError(f"{on_it or base} reads text and does not write: use python utils.py predict")
 
 
 def load_for_use(folder: Path, adapter: Path | None, *, device: torch.device, dtype: torch.dtype) -> Transformer:

@@ -68,3 +68,11 @@ def test_a_mixture_of_experts_is_refused_before_its_weights_are_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(ModelConfig(vocab_size=128, **shape, **parts).to_hf()))
     with pytest.raises(UserError, match="a mixture of experts cannot be saved in 4 bits"):
         quantise.main(argparse.Namespace(model=str(tmp_path), output=str(tmp_path / "four")))
+
+
+def test_a_classifier_is_refused_before_its_weights_are_read(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(vocab_size=128, **shape).to_hf() | {"architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has the head of a classifier"):
+        quantise.main(argparse.Namespace(model=str(tmp_path), output=str(tmp_path / "four")))

@@ -145,3 +145,20 @@ def test_routers_losses_are_for_bases_that_have_routers(base, tmp_path):
             read_base_shape(config, base)
         assert read_base_shape(config, tmp_path).num_experts == 4
     assert read_base_shape(TrainConfig(init_from=str(base)), base).num_experts is None
+
+
+def test_a_stage_that_needs_the_words_head_takes_no_classifier(base, tmp_path):
+    config = read_shape(base).to_hf() | {"id2label": {"0": "LABEL_0"}}
+    for named, stage, refused in (
+        ("LlamaForSequenceClassification", "sft", True),
+        ("LlamaForTokenClassification", "reward", True),
+        ("LlamaForSequenceClassification", "reward", False),
+        ("LlamaForTokenClassification", "classify", False),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [named]}))
+        run = TrainConfig(init_from=str(tmp_path), stage=stage, train_data=["x"])
+        if not refused:
+            assert read_base_shape(run, tmp_path).hidden_size == 64
+            continue
+        with pytest.raises(UserError, match=f"is a {named}, without the head that --stage {stage} needs: start from"):
+            read_base_shape(run, tmp_path)
