@@ -39,7 +39,7 @@ class Experts(nn.Module):
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
-        self.experts_per_token, self.normalise = experts_per_token, normalise
+        self.expert_size, self.experts_per_token, self.normalise = expert_size, experts_per_token, normalise
 
     def forward(self, x: Tensor, implementation: str, with_routing: bool) -> tuple[Tensor, Routing | None]:
         """(B, T, H) of x (B, T, H), and what the router did, with_routing. implementation: of SwiGLU."""
@@ -51,12 +51,11 @@ class Experts(nn.Module):
         copies = x.reshape(-1, 1, hidden).expand(-1, self.experts_per_token, -1).reshape(-1, hidden)  # (B·T·k, H)
         dtype = product_dtype(x)
         grouped = Permuted.apply(copies.to(dtype), order)
-        gate_up, down = self.weights(dtype)
-        way = grouped_implementation(x.device, dtype, *gate_up.shape[1:], *down.shape[1:])
+        way = grouped_implementation(x.device, dtype, hidden, self.expert_size)
         ends = counts.cumsum(0).to(torch.int32)
         ends = ends.cpu() if way == "loop" else ends  # which asks for the numbers in each product
-        packed = grouped_linear(grouped, gate_up, ends, implementation=way)  # (B·T·k, 2F)
-        out = grouped_linear(swiglu(packed, implementation=implementation), down, ends, implementation=way)
+        packed = self.product("gate_up_proj", grouped, ends, way)  # (B·T·k, 2F)
+        out = self.product("down_proj", swiglu(packed, implementation=implementation), ends, way)
         out = Permuted.apply(out, order.argsort()).view(-1, self.experts_per_token, hidden)
         return (out * shares[..., None].to(dtype)).sum(1).view(batch, length, hidden), routing
 
@@ -64,9 +63,9 @@ class Experts(nn.Module):
     def num_experts(self) -> int:
         return self.gate.out_features
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """gate_up_proj and down_proj in `dtype`."""
-        return self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+    def product(self, stack: str, x: Tensor, ends: Tensor, way: str) -> Tensor:
+        """`grouped_linear` of x with "gate_up_proj" or "down_proj" in x's dtype."""
+        return grouped_linear(x, getattr(self, stack).to(x.dtype), ends, implementation=way)
 
     def route(self, x: Tensor, with_routing: bool) -> tuple[Tensor, Tensor, Routing | None]:
         """(shares, experts), each (B·T, k), of the experts that work on each token, the largest share first."""

@@ -432,11 +432,14 @@ def read_json(path: Path) -> dict:
 
 
 class ParameterCount(NamedTuple):
-    """embedding: the input tables (that of tokens is the head too when tied). non_embedding: the rest, with an untied head."""
+    """embedding: the input tables (that of tokens is the head too when tied). non_embedding: the rest, with an untied head.
+    active: of total those that a token meets, which of a mixture's experts are a few.
+    """
 
     total: int
     embedding: int
     non_embedding: int
+    active: int
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -446,10 +449,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     total = sum(parameter.numel() for parameter in model.parameters())
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     embedding = sum(table.weight.numel() for table in tables)
-    return ParameterCount(total, embedding, total - embedding)
+    stacks = [parameter for parameter in model.parameters() if parameter.dim() == 3]  # of experts
+    idle = sum(stack[0].numel() * (len(stack) - (config.experts_per_token or 0)) for stack in stacks)
+    return ParameterCount(total, embedding, total - embedding, total - idle)
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: float) -> float:
     """Floating-point operations to train on one token, forward and backward: 6 N + 12 L A D T.
 
     N: the weights in matrix products that a token meets, that is all matrices of the layers, of experts those that work
@@ -466,9 +471,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
             matrices += parameter[0].numel() * (config.experts_per_token or 0)
         elif parameter.dim() == 2 and name.startswith(("model.layers.", "head.")):
             matrices += parameter.numel()
-    keys = 0
+    keys = 0.0
     for layer in range(config.num_hidden_layers):
-        sides = 1 if config.causal else 2
-        window = seq_len if config.layer_kind(layer) == FULL else sides * (config.sliding_window or seq_len)
-        keys += min(seq_len, window)
+        window = seq_len if config.layer_kind(layer) == FULL else config.sliding_window or seq_len
+        keys += min(seq_len, window if config.causal else 2 * window - 1)  # which holds the token itself once
     return 6.0 * matrices + 12.0 * config.num_attention_heads * config.head_dim * keys

@@ -180,6 +180,14 @@ def _is_part_of_nf4(stored: str, holders: Holders, known: Mapping[str, str]) -> 
 # --------------------------------------------------------------------------------------------------------- 4-bit folders
 
 
+def refuse_experts(config: ModelConfig) -> None:
+    """UserError for a model that has no 4-bit folder."""
+    if config.num_experts:
+        raise UserError(
+            "a mixture of experts cannot be saved in 4 bits: no other tool reads its stacked experts; use --load_in_4bit"
+        )
+
+
 def quantised_state(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """The frozen model under the names that transformers and bitsandbytes load; adapters are not among it.
 
@@ -187,10 +195,7 @@ def quantised_state(model: nn.Module, names: Iterable[str] | None = None) -> dic
     NF4 layers.
     """
     inner = unwrap(model)
-    if inner.config.num_experts:
-        raise UserError(
-            "a mixture of experts cannot be saved in 4 bits: no other tool reads its stacked experts; use --load_in_4bit"
-        )
+    refuse_experts(inner.config)
     if not is_quantised(inner):
         raise ValueError("the model has no 4-bit layers; load it with load_base(quantise='nf4')")
     parameters, dtype = dict(inner.named_parameters()), inner.model.embed_tokens.weight.dtype

@@ -1,4 +1,4 @@
-"""How do a mixture's experts lie in 4 bits? Each of the two stacks as one NF4 weight, decoded for each forward pass.
+"""How do a mixture's experts lie in 4 bits? Each of the two stacks as one NF4 weight, decoded for each product and dropped.
 
 Frozen, as every 4-bit weight is: adapters learn beside the attention of the same block.
 """
@@ -6,6 +6,7 @@ Frozen, as every 4-bit weight is: adapters learn beside the attention of the sam
 import torch
 from torch import Tensor, nn
 
+from kernels.grouped_linear import grouped_nf4_linear
 from kernels.nf4 import NF4Weight, dequantise_nf4, quantise_nf4
 from layers import MixtureMLP
 
@@ -18,22 +19,25 @@ class NF4Experts(MixtureMLP):
 
     def __init__(self, mlp: MixtureMLP, weights: dict[str, NF4Weight], implementation: str):
         nn.Module.__init__(self)
-        self.gate, self.experts_per_token, self.normalise = mlp.gate, mlp.experts_per_token, mlp.normalise
+        self.gate, self.expert_size = mlp.gate, mlp.expert_size
+        self.experts_per_token, self.normalise = mlp.experts_per_token, mlp.normalise
         self.implementation, self.sizes = implementation, {}
         for stack, weight in weights.items():
             self.sizes[stack] = weight.sizes
             for name, tensor in zip(_NF4_TENSORS, weight.tensors, strict=True):
                 self.register_buffer(f"{stack}_{name}", tensor)
 
+    def nf4_weight(self, stack: str) -> NF4Weight:
+        packed, absmax, code, absmax2, offset = (getattr(self, f"{stack}_{name}") for name in _NF4_TENSORS)
+        return NF4Weight.of(packed, absmax, code, absmax2, offset, self.sizes[stack])
+
     def decoded(self, stack: str, dtype: torch.dtype) -> Tensor:
         """(E, …, …): one of STACKS in `dtype`."""
-        packed, absmax, code, absmax2, offset = (getattr(self, f"{stack}_{name}") for name in _NF4_TENSORS)
-        weight = NF4Weight.of(packed, absmax, code, absmax2, offset, self.sizes[stack])
-        flat = dequantise_nf4(weight, dtype, implementation=self.implementation)
+        flat = dequantise_nf4(self.nf4_weight(stack), dtype, implementation=self.implementation)
         return flat.view(self.num_experts, -1, flat.shape[1])
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.decoded("gate_up_proj", dtype), self.decoded("down_proj", dtype)
+    def product(self, stack: str, x: Tensor, ends: Tensor, way: str) -> Tensor:
+        return grouped_nf4_linear(x, self.nf4_weight(stack), ends, implementation=way, decode=self.implementation)
 
 
 def quantise_experts(model: nn.Module, implementation: str) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.peft_files import read_adapter_config
 from adapters.scalar_head import padding_token
+from checkpointing.save_folder import ADAPTER_CONFIG
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
 from families.common import INIT_STD
@@ -219,6 +221,9 @@ def saved_task(folder: str | Path) -> Task | None:
     """What the model of a folder, or the adapter in it, was trained for; None of other models."""
     folder = Path(folder)
     path = folder / TASK_CONFIG
+    if not path.exists() and (folder / ADAPTER_CONFIG).exists():
+        scores = "score" in (read_adapter_config(folder).get("modules_to_save") or ())  # a reward model's
+        return Task("classify", figure_names(1), "regression") if scores else None
     config = read_json(path if path.exists() else folder / "config.json")
     named = (config.get("architectures") or [""])[0]
     stage = next((stage for stage, ending in TASKS.items() if named.endswith(f"For{ending}")), None)

@@ -293,17 +293,27 @@ def without_special_tokens(definition: dict[str, Any], also: Collection[str] = (
     """A copy of a tokenizer.json in which no text can become a special token, nor one of the tokens in `also`."""
     hidden = {token["content"] for token in definition["added_tokens"] if token["special"]} | set(also)
     model = dict(definition["model"])
-    if model["type"] == "BPE":
-        # with `ignore_merges` a whole piece is looked up in the vocabulary; the unknown token must stay for the model
-        keep = {model.get("unk_token")} | set(bytes_to_characters().values())
-        made = {"".join(pair) for pair in map(split_merge, model["merges"])}
-        model["vocab"] = {
-            token: index
-            for token, index in model["vocab"].items()
-            if token not in hidden or token in keep or token in made
-        }
     added = [token for token in definition["added_tokens"] if token["content"] not in hidden]
+    entries = model["vocab"]
+    keep = {model.get("unk_token")}  # which the model itself needs
+    if model["type"] == "BPE":
+        # with `ignore_merges` a whole piece is looked up in the vocabulary
+        keep |= {*bytes_to_characters().values(), *("".join(pair) for pair in map(split_merge, model["merges"]))}
+    unwritten = hidden - keep
+    if isinstance(entries, list):  # Unigram's [piece, score], whose places are the ids
+        model["vocab"] = [
+            [_never(i) if piece in unwritten else piece, score] for i, (piece, score) in enumerate(entries)
+        ]
+    elif model["type"] == "BPE" and not added:
+        model["vocab"] = {token: index for token, index in entries.items() if token not in unwritten}
+    else:  # added tokens outside the vocabulary are numbered by its size, which stays
+        model["vocab"] = {_never(index) if token in unwritten else token: index for token, index in entries.items()}
     return {**definition, "model": model, "added_tokens": added, "post_processor": None}
+
+
+def _never(index: int) -> str:
+    """A piece that no text is: files with NUL are no text."""
+    return f"\0{index}"
 
 
 def split_merge(merge: str | list[str]) -> list[str]:

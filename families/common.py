@@ -88,7 +88,12 @@ def read_shape(
     for name in REQUIRED:
         if type(config.get(named[name])) is not int:
             raise UserError(f"config.json: {named[name]} is missing or not a whole number")
-    for name, value in {**fixed, "quantization_config": None}.items():
+    if config.get("quantization_config"):
+        raise UserError(
+            "config.json: quantization_config says that the weights are rounded, from which this model cannot be built; take "
+            "the one that it was made of"
+        )
+    for name, value in fixed.items():
         if config.get(name, value) != value and config[name] is not None:
             raise UserError(f"config.json: {name} is {config[name]!r}; only {value!r} can be loaded")
     for name in ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", *never_null):

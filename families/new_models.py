@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from families.common import DEFAULTS, REQUIRED
+from families.common import DEFAULTS, FULL, REQUIRED
 from families.names import FAMILIES
 
 # --model's word for a family: the model_type of its folder
@@ -40,6 +40,9 @@ def parts_of_new(model: str, num_layers: int, head_dim: int) -> dict[str, Any]:
     family = NEW_MODELS[model]
     silent = {**dict.fromkeys(REQUIRED, 2), **_GPT2_SIZES, "num_hidden_layers": num_layers, "n_layer": num_layers}
     fields = FAMILIES[family].read(silent) | _USUAL.get(family, {}) | {"family": family}
+    kinds = fields.get("layer_types")
+    if kinds and FULL not in kinds:  # of few layers the family's pattern reaches none that sees all
+        fields["layer_types"] = [*kinds[:-1], FULL]
     if fields.get("attention_scale") is not None:  # a Gemma's, which its published sizes take for heads of their width
         fields["attention_scale"] = head_dim**-0.5
     return {name: value for name, value in fields.items() if name not in _SIZES}

@@ -29,7 +29,8 @@ def keyed_dropout(x: Tensor, probability: float, keys: Tensor, stream: int) -> T
     return torch.where(kept(keys, x.shape[-1], probability, stream), x * (1.0 / (1.0 - probability)), 0.0)
 
 
-@torch.no_grad()
+# an operator of its own, because inductor fuses the hash with an embedding's look-up and then takes the one for the other
+@torch.library.custom_op("groundup::dropout_kept", mutates_args=())
 def kept(keys: Tensor, width: int, probability: float, stream: int) -> Tensor:
     """(..., width) bool: the elements that are not zeroed. Hashes in int32, and in place: the mask is the size of the input."""
     row = mix64(keys + mix64(torch.tensor(stream, dtype=torch.int64, device=keys.device)))
@@ -45,3 +46,8 @@ def kept(keys: Tensor, width: int, probability: float, stream: int) -> Tensor:
         bits *= _MULTIPLIERS_32[1]
         bits ^= (bits >> 15) & 0x1FFFF
     return bits >= round(probability * 2**32) - 2**31
+
+
+@kept.register_fake
+def _kept(keys: Tensor, width: int, probability: float, stream: int) -> Tensor:
+    return keys.new_empty((*keys.shape, width), dtype=torch.bool)

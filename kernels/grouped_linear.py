@@ -5,6 +5,8 @@
 
 Off that hardware and that dtype torch's grouped_mm is a loop as well, without fp64 and with a wait for the device in each
 call. On a CPU the two take the same time and give the same bits.
+
+Weights in 4 bits are decoded for one product and dropped, as in kernels/nf4_linear.py: the backward decodes them again.
 """
 
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.nf4 import NF4Weight, dequantise_nf4
 
 ALIGNED = 8  # elements of bf16 in the 16 bytes at which grouped_mm wants every row to begin
 
@@ -33,6 +37,17 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, implementation: s
     if x.dtype != weight.dtype:
         raise ValueError(f"grouped_linear: x is {x.dtype} and weight {weight.dtype}; they must be the same")
     return _grouped_linear(x, weight, ends, implementation)
+
+
+def grouped_nf4_linear(
+    x: Tensor, weight: NF4Weight, ends: Tensor, *, implementation: str = "loop", decode: str = "torch"
+) -> Tensor:
+    """`grouped_linear` with a frozen weight (G·M, K), the groups' rows below one another; the gradient goes to x alone.
+
+    decode: the implementation of `dequantise_nf4`.
+    """
+    x = x.to(product_dtype(x))
+    return _grouped_nf4_linear(x, *weight.tensors, weight.sizes, ends, implementation, decode, False)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -115,3 +130,33 @@ def _differentiate(ctx, dy):
 
 
 _grouped_linear.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("groundup::grouped_nf4_linear", mutates_args=())
+def _grouped_nf4_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+    sizes: list[int], ends: Tensor, implementation: str, decode: str, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """transposed: x[i] · weight[g] instead of x[i] · weight[g]ᵀ, which is the gradient of the input."""
+    weight = NF4Weight.of(packed, absmax, code, absmax2, offset, sizes)
+    stack = dequantise_nf4(weight, x.dtype, implementation=decode).unflatten(0, (len(ends), -1))
+    return _grouped_linear(x, stack.transpose(1, 2) if transposed else stack, ends, implementation)
+
+
+@_grouped_nf4_linear.register_fake
+def _(x, packed, absmax, code, absmax2, offset, sizes, ends, implementation, decode, transposed):
+    return x.new_empty(x.shape[0], sizes[1] if transposed else sizes[0] // ends.shape[0])
+
+
+def _save_nf4(ctx, inputs, output):
+    _, *weight, ctx.sizes, ends, ctx.implementation, ctx.decode, ctx.transposed = inputs
+    ctx.save_for_backward(*weight, ends)
+
+
+def _differentiate_nf4(ctx, dy):
+    *weight, ends = ctx.saved_tensors
+    settings = ctx.implementation, ctx.decode, not ctx.transposed
+    return _grouped_nf4_linear(dy, *weight, ctx.sizes, ends, *settings), *[None] * 10
+
+
+_grouped_nf4_linear.register_autograd(_differentiate_nf4, setup_context=_save_nf4)

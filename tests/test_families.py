@@ -184,6 +184,10 @@ def test_experts_are_balanced_alike_however_rows_are_batched(tiny_data, tmp_path
     ("words", "said"),
     [
         ("--model mixtral --num_experts 2 --experts_per_token 3", "--experts_per_token 3 is more than --num_experts 2"),
+        (
+            "--model qwen3_moe --expert_size 256 --intermediate_size 512",
+            "--expert_size 256 and --intermediate_size 512 both say how wide the experts are: leave one out",
+        ),
         ("--num_experts 4", "--num_experts is for --model mixtral and qwen3_moe"),
         ("--model gpt2 --rope_theta 5e5", "--rope_theta is for models with a rotary embedding"),
         ("--model gpt2 --num_kv_heads 2", "--num_kv_heads is for models with grouped queries"),

@@ -17,9 +17,11 @@ from adapters.lora import target_names
 from adapters.peft_files import load_adapter
 from checkpointing.save import write_weights
 from checkpointing.tensors import model_tensors
+from families.new_models import parts_of_new
 from families.weights import stored_views
 from kernels.attention_masks import document_positions
 from model import KVCache, Transformer, load_pretrained
+from model_config import ModelConfig
 from tests.family_models import ENCODERS, MODELS, peer, peer_config, transformers
 from tests.tiers import grid
 
@@ -205,3 +207,16 @@ def test_berts_two_heads_of_pretraining(tmp_path):
     close(masked.logits(masked(IDS)), expected.prediction_logits)
     again = transformers.AutoModelForPreTraining.from_pretrained(save(ours, tmp_path / "ours")).eval()
     close(again(IDS).seq_relationship_logits, expected.seq_relationship_logits)
+
+
+@pytest.mark.parametrize("layers", [3, 7])
+def test_a_new_gemma_of_few_layers_has_one_that_sees_all(layers, tmp_path):
+    """Against transformers' class, on rows longer than the window."""
+    parts = parts_of_new("gemma3", layers, 16) | {"sliding_window": 8}
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4}
+    ours = Transformer(ModelConfig(vocab_size=131, **shape, **parts))
+    ours.init_weights(seed=1, zero_residual=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(save(ours, tmp_path / "ours"))
+    assert theirs.config.layer_types.count("full_attention") == 1
+    with torch.no_grad():
+        close(ours.logits(ours(IDS)), theirs(IDS).logits)

@@ -275,12 +275,18 @@ def test_bf16_and_fp16_follow_fp32(train, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
-def test_compiled_training_follows_eager_training(train, tmp_path):
-    """Losses to 1e-4 over 6 steps (fused fp32 sums in another order), and parameter names without a wrapper's prefix."""
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert"])
+def test_compiled_training_follows_eager_training(train, tmp_path, encoder_data, model):
+    """Losses, held-out ones too, to 1e-4 over 6 steps (fused fp32 sums in another order), and parameter names without a
+    wrapper's prefix."""
+    evaluated = [*SMALL, *QUIET, "--max_steps", 6, "--eval_interval", 3, "--model", model]
+    evaluated += ["--stage", "mlm", "--data_dir", encoder_data] if model == "bert" else ["--sample_prompt", "the"]
     for flags in ([], ["--compile_model"]):
-        train(tmp_path / f"run{len(flags)}", *SMALL, *QUIET, "--max_steps", 6, *flags, own_process=bool(flags))
-    eager, compiled = rows(tmp_path / "run0"), rows(tmp_path / "run1")
-    assert max(abs(eager[step] - compiled[step]) for step in eager) < 1e-4
+        train(tmp_path / f"run{len(flags)}", *evaluated, *flags, own_process=bool(flags))
+    for key in ("loss", "val_loss"):
+        eager, compiled = rows(tmp_path / "run0", key), rows(tmp_path / "run1", key)
+        assert len(eager) == (6 if key == "loss" else 2)
+        assert max(abs(eager[step] - compiled[step]) for step in eager) < 1e-4
     from safetensors import safe_open
 
     names = [

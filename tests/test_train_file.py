@@ -228,6 +228,21 @@ def test_flags_that_cannot_work_are_one_sentence(flags, words, texts, train, tmp
     refused(ended, *words)
 
 
+@pytest.mark.parametrize(
+    ("name", "renaming", "words"),
+    [
+        ("d.csv", "review=text", ["d.csv is a table", ".jsonl", "--train_data"]),
+        ("d.tsv.gz", "", ["d.tsv.gz is a table"]),
+        ("d.jsonl", "review=content", ["--rename_columns review=content", "COLUMN=text"]),
+        ("d.txt", "review=text", ["--rename_columns is for .json and .jsonl files"]),
+    ],
+)
+def test_columns_that_would_not_be_read_are_one_sentence(name, renaming, words, train, tmp_path):
+    (tmp_path / name).write_text("review,label\ngood,1\n")
+    flags = ["--rename_columns", renaming] if renaming else []
+    refused(train(tmp_path / "run", "--train_file", tmp_path / name, *SMALL, *flags, code=2), *words)
+
+
 def test_val_file_and_tokenizer_are_for_train_file(tiny_data, texts, train, tmp_path):
     for flag, value in (("--val_file", texts / "held_out.txt"), ("--tokenizer", "gpt2")):
         refused(train(tmp_path / "run", "--data_dir", tiny_data, flag, value, code=2), f"{flag} is for --train_file")

@@ -33,7 +33,7 @@ from tools.generate import (
     replace_what_cannot_be_shown,
     sampling_settings,
 )
-from training.loading import find_adapter, load_for_use
+from training.loading import check_writes, find_adapter, load_for_use
 from training.precision import choose_precision
 
 
@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
 def load(checkpoint: str, adapter: str | None, device: torch.device) -> tuple[Transformer, Path]:
     """The model, and the folder whose tokenizer and template it talks with: the adapter's own if it has them."""
     folder, adapter_folder = find_model(checkpoint), find_adapter(adapter) if adapter else None
+    check_writes(folder, adapter_folder)
     model = load_for_use(folder, adapter_folder, device=device, dtype=choose_precision("auto", device).dtype)
     if adapter_folder and (adapter_folder / "tokenizer.json").exists():
         return model, adapter_folder

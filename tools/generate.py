@@ -23,7 +23,7 @@ from errors import UserError
 from generation.sampling import Ending, stream_text
 from model import Transformer
 from ranks import choose_device
-from training.loading import load_for_use
+from training.loading import check_writes, load_for_use
 from training.precision import choose_precision
 
 
@@ -70,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
     """Print num_samples continuations of each prompt."""
     check_settings(args, {"prompt": args.prompt}, args.num_samples)
     folder = find_model(args.checkpoint)
+    check_writes(folder, None)
     device = choose_device(args.device)
     tokenizer = load_tokenizer(folder)
     model = load_for_use(folder, None, device=device, dtype=choose_precision("auto", device).dtype)

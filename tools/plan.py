@@ -32,7 +32,7 @@ from ranks import choose_device
 from training.config import TrainConfig, add_options, refuse_unread, resolve_config
 from training.loading import find_base, read_base_shape, reward_adapter
 from training.metrics import peak_tflops
-from training.plan import GIB, RunPlan, example_sizes, format_plan, model_shape, plan_run
+from training.plan import GIB, RunPlan, example_sizes, format_plan, grown, model_shape, plan_run
 from training.precision import Precision, choose_precision
 from training.run_files import duration
 from training.stage_plan import read_plan
@@ -104,8 +104,8 @@ def _table(
     if not 1 <= world_size <= config.batch_size:
         raise UserError(f"--world_size must lie between 1 and --batch_size {config.batch_size}, and is {world_size}")
     start = _start(config, before)
-    data = _windows(config) if config.on_text else _examples(config, start)
-    model = start.shape
+    data = _windows(config, start.shape) if config.on_text else _examples(config, start)
+    model = grown(start.shape, data.max_length, 0)
     steps_known = not config.counts_epochs(origins)
     if not steps_known and data.samples is not None:
         config, steps_known = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.samples)), True
@@ -162,9 +162,10 @@ def _row_length(config: TrainConfig) -> tuple[int, int]:
     return length, stride if config.stride is None else config.stride
 
 
-def _windows(config: TrainConfig) -> Data:
+def _windows(config: TrainConfig, shape: ModelConfig) -> Data:
     length, stride = _row_length(config)
     if not config.data_dir:
+        length = config.max_length or min(length, shape.max_position_embeddings)
         given = "--train_file, not counted before train.py prepares it" if config.train_file else "none given"
         return Data(
             length, None, words=f"{given}: rows of {length:,} tokens are assumed; name what is prepared with --data_dir"

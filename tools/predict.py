@@ -23,7 +23,7 @@ import torch
 
 from adapters.lora import quantise_layers
 from adapters.peft_files import learned_over, load_adapter
-from adapters.task_heads import TASK_CONFIG, Task, TaskModel, saved_task
+from adapters.task_heads import Task, TaskModel
 from arguments import ArgumentParser
 from dataprep.progress import Progress
 from dataprep.tokenizers import Tokenizer, load_tokenizer
@@ -39,7 +39,7 @@ from tools.generate import check_model, find_model, replace_what_cannot_be_shown
 from tools.predict_rows import Predictor, Reader, read_input, read_texts
 from tools.predict_tasks import answer, classify, read_question, read_words, tag
 from tools.predict_text import POOLING, Recipe, embed, fill_masks, read_masked, read_recipe
-from training.loading import base_and_adapter, find_adapter, load_for_use, read_shape
+from training.loading import base_and_adapter, find_adapter, load_for_use, read_shape, task_of
 from training.precision import choose_precision
 from training.task_data import DEFAULT_LENGTH
 
@@ -126,8 +126,7 @@ def text_row(texts: list[str], kind: str) -> dict[str, str]:
 def find(checkpoint: str, adapter: str | None) -> Found:
     """The folders that are meant, and what is in them. Raises UserError."""
     folder, on_it = base_and_adapter(find_model(checkpoint), find_adapter(adapter) if adapter else None)
-    described = on_it if on_it and (on_it / TASK_CONFIG).exists() else folder
-    return Found(folder, on_it, saved_task(described), read_shape(folder))
+    return Found(folder, on_it, task_of(folder, on_it), read_shape(folder))
 
 
 def kind_of(found: Found, task: str) -> str:

@@ -9,11 +9,12 @@ transformers' from_pretrained (with bitsandbytes installed) and utils.py generat
 import argparse
 from pathlib import Path
 
-from adapters.base_models import load_base, save_quantised, stored_dtype
+from adapters.base_models import load_base, refuse_experts, save_quantised, stored_dtype
+from adapters.task_heads import saved_task
 from arguments import ArgumentParser
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError
-from training.loading import find_base
+from training.loading import find_base, read_shape
 
 _FURTHER = (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
 
@@ -34,6 +35,13 @@ def main(args: argparse.Namespace) -> int:
     folder, output = find_base(args.model, "--model"), Path(args.output)
     if output.exists():
         raise UserError(f"--output {output} exists; choose another name, or remove it first")
+    shape = read_shape(folder)
+    refuse_experts(shape)
+    if saved_task(folder):
+        raise UserError(
+            f"--model {folder} has the head of a classifier, a tagger or an answer finder, and 4 bits are for models "
+            "without one: quantise the model that it was made of"
+        )
     model = load_base(folder, dtype=stored_dtype(folder), quantise="nf4")
     files = {name: (folder / name).read_bytes() for name in dict.fromkeys(_FURTHER) if (folder / name).is_file()}
     save_quantised(model, output, files)

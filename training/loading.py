@@ -21,7 +21,7 @@ from adapters.lora import (
 )
 from adapters.peft_files import adapter_state, learned_over, load_adapter, peft_files, read_adapter_config
 from adapters.scalar_head import RewardModel
-from adapters.task_heads import Task, TaskModel
+from adapters.task_heads import Task, TaskModel, saved_task
 from adapters.token_rows import grow_vocabulary, learn_rows, start_rows
 from checkpointing.load import load_model, load_optimizers, resolve_checkpoint
 from checkpointing.safetensors_writer import safetensors_chunks
@@ -82,11 +82,24 @@ def read_shape(folder: Path) -> ModelConfig:
 
 
 def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
-    """The shape of the model of --init_from. UserError where it has not the head that the stage learns with."""
+    """The shape of the model of --init_from. UserError where the stage cannot learn with its head or its weights."""
     shape = read_shape(base)
+    described = read_json(base / "config.json")
+    if described.get("quantization_config"):
+        _refuse_frozen(config)
     named = f"--init_from {config.init_from} is a {shape.family}"
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if shape.num_experts is None and getattr(config, name) != getattr(TrainConfig, name):
+            raise UserError(f"{named} without experts, and --{name} is for mixtures of experts: leave it out")
     if config.stage in TASKS:
         return shape
+    task = saved_task(base)
+    named_class = (described.get("architectures") or [""])[0]
+    if task and not (config.stage == "reward" and task.stage == "classify"):  # a reward model learns on
+        raise UserError(
+            f"--init_from {config.init_from} is a {named_class}, without the head that "
+            f"--stage {config.stage} needs: start from the model that it was made of"
+        )
     if config.stage != "mlm":
         if not shape.causal:
             raise UserError(
@@ -104,6 +117,18 @@ def read_base_shape(config: TrainConfig, base: Path) -> ModelConfig:
         words = "with a next-sentence head: add" if shape.next_sentence else "without a next-sentence head: leave out"
         raise UserError(f"{named} {words} --next_sentence")
     return shape
+
+
+def _refuse_frozen(config: TrainConfig) -> None:
+    """UserError for a run in which weights of --init_from would have to learn, or to get a head, that lie there in 4 bits."""
+    named = f"--init_from {config.init_from} holds 4-bit weights"
+    if config.stage in ("reward", *TASKS):
+        raise UserError(
+            f"{named}, and --stage {config.stage} puts a head on others: start from the model that it was made of, with "
+            "--lora --load_in_4bit to learn beside the same rounded weights"
+        )
+    if not config.lora:
+        raise UserError(f"{named}, which do not learn: add --lora, or start from the model that it was made of")
 
 
 def build_model(
@@ -338,6 +363,18 @@ def base_and_adapter(folder: Path, adapter: Path | None) -> tuple[Path, Path | N
     if not (base / "config.json").exists():
         raise UserError(f"{folder} holds an adapter, and its base {base} is not here; give the base and --adapter")
     return base, folder
+
+
+def task_of(base: Path, adapter: Path | None) -> Task | None:
+    """What a model with its adapter, or without one, is for; None of one that writes, fills masks or embeds."""
+    return (saved_task(adapter) if adapter else None) or saved_task(base)
+
+
+def check_writes(folder: Path, adapter: Path | None) -> None:
+    """UserError for a model that reads alone, before its weights are read. Arguments as in `load_for_use`."""
+    base, on_it = base_and_adapter(folder, adapter)
+    if task_of(base, on_it) or not read_shape(base).causal:
+        raise UserError(f"{on_it or base} reads text and does not write: use python utils.py predict")
 
 
 def load_for_use(folder: Path, adapter: Path | None, *, device: torch.device, dtype: torch.dtype) -> Transformer:

@@ -293,10 +293,15 @@ class ModelOptions:
         return self.intermediate_size or -(-8 * self.hidden_size // 3 // 64) * 64
 
     def check_model(self) -> None:
-        """UserError for heads that do not divide the width, or that rotary embedding cannot pair; for too few experts."""
+        """UserError for heads that do not divide the width, or that rotary embedding cannot pair; for too few experts, or two widths of theirs."""
         if self.model in MIXTURES and self.experts_per_token > self.num_experts:
             raise UserError(
                 f"--experts_per_token {self.experts_per_token} is more than --num_experts {self.num_experts}; lower it"
+            )
+        if self.model in MIXTURES and self.expert_size and self.intermediate_size:
+            raise UserError(
+                f"--expert_size {self.expert_size} and --intermediate_size {self.intermediate_size} both say how wide the "
+                "experts are: leave one out"
             )
         if self.hidden_size % self.num_heads:
             raise UserError(

@@ -210,7 +210,8 @@ def example_sizes(config: TrainConfig, train: Any) -> dict[str, Any]:
 def learning_flops(config: TrainConfig, model: ModelConfig, length: float) -> float:
     """Useful floating-point operations to learn from one token of a sequence of `length`, forward and backward.
 
-        6 W + 12 L A D T             all of W learns (PaLM, Chowdhery et al. 2022, appendix B; model.flops_per_token)
+        6 W + 12 L A D T             all of W learns (PaLM, Chowdhery et al. 2022, appendix B); of sliding windows no more than
+                                     they hold (model.flops_per_token)
         4 W + 6 P + 12 L A D T       W is frozen: its own gradient, 2 a weight, is never computed, and adapters of P weights
                                      learn beside it (Hu et al. 2021)
 
@@ -222,13 +223,15 @@ def learning_flops(config: TrainConfig, model: ModelConfig, length: float) -> fl
     """
     head = _head_parameters(model) + (model.hidden_size**2 if model.head == "mlm" else 0)
 
+    no_keys = flops_per_token(model, 0)
+    attention = flops_per_token(model, length) - no_keys
+
     def of_model(matrices: float) -> float:
-        attention = 12.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
         if config.lora:
             return 4.0 * matrices + 6.0 * count_adapter_parameters(config, model) + attention
         return 6.0 * matrices + attention
 
-    layers = flops_per_token(model, 0) / 6.0 - head
+    layers = no_keys / 6.0 - head
     if config.stage in _SCORERS:
         return of_model(layers)
     if config.stage == "mlm":
@@ -418,6 +421,7 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
     if config.lora:
         adapters = "2 adapters of" if config.stage == "ppo" else "adapters of"
         learned = f"; frozen, and {adapters} {count_adapter_parameters(config, model):,} learn"
+    active = f"; a token meets {p.active:,}" if model.num_experts else ""
     nouns = _NOUNS.get(config.stage) or f"prompts with {config.group_size} answers"
     if config.stage == "dpo" and config.dpo_loss == "kto":
         nouns = "answers"
@@ -428,8 +432,8 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
         head = f" (the head's for the {mask_probability(config, model.family):.0%} that are masked)"
     rows = {
         "model": f"{model.hidden_size}x{model.num_hidden_layers}, {model.num_attention_heads} heads of {model.head_dim} "
-        f"({model.num_key_value_heads} key/value), MLP {model.intermediate_size}, vocabulary {model.vocab_size:,}",
-        "parameters": f"{p.total:,} ({p.embedding:,} embedding, {p.non_embedding:,} other){learned}",
+        f"({model.num_key_value_heads} key/value), {_mlps(model)}, vocabulary {model.vocab_size:,}",
+        "parameters": f"{p.total:,} ({p.embedding:,} embedding, {p.non_embedding:,} other){active}{learned}",
         "batch": f"{config.batch_size} {nouns} = {plan.tokens_are}{plan.tokens_per_step:,} tokens a step: "
         f"{plan.world_size} rank(s) x {plan.tokens_are}{plan.accumulation_steps} micro-batch(es) of {plan.micro_batch_size}",
         "run": f"{config.max_steps:,} steps = {plan.tokens_are}{plan.total_tokens:,} tokens{epochs}",
@@ -444,3 +448,11 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
         rows["warning"] = f"the run ends within its warm-up, at a learning rate of {peak:.2g}; lower --warmup_steps"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _mlps(model: ModelConfig) -> str:
+    mixtures = sum(map(model.has_experts, range(model.num_hidden_layers)))
+    experts = f"{model.num_experts} experts of {model.expert_size}, {model.experts_per_token} a token"
+    if 0 < mixtures < model.num_hidden_layers:
+        return f"{experts}, in {mixtures} layers, MLP {model.intermediate_size} in the others"
+    return experts if mixtures else f"MLP {model.intermediate_size}"

@@ -27,6 +27,7 @@ from training.resume import check_data_order
 
 _PATIENCE = timedelta(days=7)  # of the ranks that wait, for a corpus of any size
 _READ_AS_THEY_ARE = (*TEXT_EXTENSIONS, ".json", ".jsonl")
+_TABLES = (".csv", ".tsv", ".parquet")
 _VAL = "val"
 
 
@@ -40,12 +41,34 @@ def with_prepared_text(
     that have changed, and for a tokenizer that cannot be found.
     """
     files = {"--train_file": config.train_file, "--val_file": config.val_file}
+    _refuse_columns(config, files)
     order = from_rank_0(lambda: {flag[2:]: [_digest(flag, path) for path in paths] for flag, paths in files.items()})
     check_data_order(saved_order, order, checkpoint)
     folder, trained = from_rank_0(lambda: _prepare(config, base, context, files, order), _PATIENCE)
     # a small text gives a tokenizer fewer ids than it was asked for
     vocab_size = None if trained else config.vocab_size
     return replace(config, data_dir=[str(folder)], vocab_size=vocab_size), order
+
+
+def _refuse_columns(config: TrainConfig, files: dict[str, list[str]]) -> None:
+    """UserError for tables, whose bytes would be read as text, and for a renaming that no file would heed."""
+    names = {path: Path(path).name.lower().removesuffix(".gz") for paths in files.values() for path in paths}
+    for flag, paths in files.items():
+        for path in paths:
+            if names[path].endswith(_TABLES):
+                raise UserError(
+                    f"{flag} {path} is a table: write its column of text as .jsonl, or fine-tune on it with --stage "
+                    "and --train_data"
+                )
+    for pair in config.rename_columns:
+        if not pair.endswith("=text"):
+            raise UserError(
+                f"--rename_columns {pair}: of --train_file a column can only be the text; write COLUMN=text"
+            )
+    if config.rename_columns and not any(
+        Path(path).is_dir() or name.endswith((".json", ".jsonl")) for path, name in names.items()
+    ):
+        raise UserError("--rename_columns is for .json and .jsonl files, and --train_file names none: leave it out")
 
 
 def _prepare(

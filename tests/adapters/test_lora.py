@@ -22,8 +22,10 @@ from adapters.lora import (
     store_after_steps,
     target_names,
 )
+from adapters.quantised_experts import NF4Experts
 from errors import UserError
 from kernels.choice import KernelChoice
+from kernels.grouped_linear import grouped_linear
 from kernels.jit import why_not_triton
 from kernels.lora_linear import device_name
 from kernels.nf4 import dequantise_nf4, quantise_nf4
@@ -403,27 +405,54 @@ def test_between_forward_and_backward_nf4_keeps_no_decoded_weight():
     The difference is all decoded block weights: 2 layers of (64·64·2 + 32·64·2 + 3·64·128) fp32 values.
     """
     model = an_adapted_model(quantise="nf4")
-    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-
-    def kept_bytes() -> int:
-        kept = {}
-
-        def pack(tensor):
-            if tensor.untyped_storage().data_ptr() not in own:
-                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(IDS)
-        assert output.requires_grad
-        return sum(kept.values())
-
-    ours = kept_bytes()
+    ours = kept_bytes(model)
     for layer in lora_layers(model).values():
         layer.forward = naive_forward.__get__(layer)
-    naive = kept_bytes()
+    naive = kept_bytes(model)
     decoded = 4 * 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     assert ours < 0.6 * naive and naive - ours > 0.8 * decoded
+
+
+def test_nor_of_experts_whose_gradients_are_those_beside_decoded_weights():
+    """2 layers of 8 experts of 3·64·32 fp32 values; the adapters' gradients are equal to the bit."""
+    shape = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    parts = {"family": "mixtral", "num_experts": 8, "experts_per_token": 2, "expert_size": 32}
+    model = Transformer(ModelConfig(vocab_size=97, **shape, **parts))
+    model.init_weights(seed=1, zero_residual=False)
+    add_adapters(model, rank=RANK, alpha=ALPHA, quantise="nf4")
+    experts = [module for module in model.modules() if isinstance(module, NF4Experts)]
+    found = []
+    for way in (None, naive_product):
+        for module in experts if way else ():
+            module.product = way.__get__(module)
+        model.zero_grad()
+        loss(model).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((kept_bytes(model), gradients))
+    (ours, gradients), (naive, wanted) = found
+    # nor are their inputs kept, 2 copies of 24 tokens: a frozen weight has no gradient
+    assert len(experts) == 2 and naive - ours == 4 * 2 * (8 * 3 * 64 * 32 + 2 * 24 * (64 + 32))
+    assert gradients.keys() == wanted.keys()
+    assert all(torch.equal(gradients[name], wanted[name]) for name in wanted)
+
+
+def kept_bytes(model) -> int:
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(IDS)
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+def naive_product(experts, stack, x, ends, way):
+    return grouped_linear(x, experts.decoded(stack, x.dtype), ends, implementation=way)
 
 
 def naive_forward(layer, x):

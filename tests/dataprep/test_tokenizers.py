@@ -2,14 +2,16 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models, pre_tokenizers
 
 from dataprep import encoding, train_tokenizer
 from dataprep.encoding import NASTY, Encoder, choose_engine, split_pieces
-from dataprep.tokenizers import load_tokenizer
+from dataprep.tokenizers import Tokenizer, load_tokenizer
 from dataprep.train_tokenizer import PATTERNS, convert_tiktoken, train_bpe, train_wordpiece
 from errors import UserError
 from tests.tiers import grid
@@ -263,3 +265,25 @@ def test_of_much_text_without_breaks_a_part_is_trained_on_whatever_its_order(mon
     assert len(said) == 1 and "no breaks" in said[0]
     assert trained([*words[::-1], *runs[::-1]])[0] == files
     assert trained(words)[1:] == ([], sum(map(len, words)))  # other text is left as it is
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel", "Unigram", "BPE"])
+def test_special_tokens_in_a_vocabulary_are_never_text_and_all_other_ids_stay(kind):
+    """Without the special token's spelling, and with an added token beyond the vocabulary, the tokenizers library's ids."""
+    pieces = ["[UNK]", "END", "a", "b", "c", "E", "N", "D", "##N", "##D", "##b"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    model = {
+        "WordPiece": lambda: models.WordPiece(vocabulary, unk_token="[UNK]"),
+        "WordLevel": lambda: models.WordLevel(vocabulary, unk_token="[UNK]"),
+        "Unigram": lambda: models.Unigram([(piece, -1.0 - index) for index, piece in enumerate(pieces)], unk_id=0),
+        "BPE": lambda: models.BPE(vocabulary, [], unk_token="[UNK]", ignore_merges=True),
+    }[kind]()
+    library = HFTokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["[UNK]", "END"])
+    library.add_tokens(["zz"])
+    definition = json.loads(library.to_str())
+    ours = Tokenizer(definition, {"eos_token": "END"}, path=Path("tokenizer.json"), sha256="")
+    for text in ("a zz b", "ab c zz", "E N D ? a", "zz"):
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert 1 in library.encode("a END b").ids and 1 not in ours.encode("a END b")

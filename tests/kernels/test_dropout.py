@@ -60,3 +60,14 @@ def test_it_draws_nothing_and_compiles_whole():
     eager = keyed_dropout(x, 0.3, KEYS[:16], 5)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(torch.compile(keyed_dropout, fullgraph=True)(x, 0.3, KEYS[:16], 5), eager)
+
+
+def test_it_compiles_together_with_the_embedding_whose_rows_it_drops():
+    table = torch.randn(50, 64, generator=torch.Generator().manual_seed(2))
+    ids = torch.arange(16) % 50
+
+    def both(ids: torch.Tensor, keys: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return keyed_dropout(torch.nn.functional.embedding(ids, table), 0.1, keys, 2)
+
+    expected = both(ids, KEYS[:16], table)
+    assert torch.equal(torch.compile(both, fullgraph=True)(ids, KEYS[:16], table), expected)

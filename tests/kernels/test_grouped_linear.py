@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import kernels.grouped_linear
-from kernels.grouped_linear import grouped_implementation, grouped_linear
+from kernels.grouped_linear import grouped_implementation, grouped_linear, grouped_nf4_linear
+from kernels.nf4 import dequantise_nf4, quantise_nf4
 from tests.kernels.accuracy import BOUNDS, DTYPES, relative_error
 from tests.kernels.mutants import load_mutant
 
@@ -63,6 +64,20 @@ def test_float64_is_computed_in_float64(sizes):
     torch.testing.assert_close(
         found_by(grouped_linear, x, weight, ends, dy, "loop"), truth(x, weight, sizes, dy), rtol=1e-14, atol=1e-13
     )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_a_4_bit_weight_is_the_decoded_one_bit_for_bit(sizes, dtype, implementation):
+    x, weight, ends, dy = make(sizes, dtype)
+    packed = quantise_nf4(weight.flatten(0, 1))
+    decoded = dequantise_nf4(packed, dtype).view_as(weight)
+    found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = grouped_nf4_linear(found, packed, ends, implementation=implementation)
+    expected = grouped_linear(wanted, decoded, ends, implementation=implementation)
+    assert torch.equal(y, expected)
+    assert torch.equal(*(torch.autograd.grad(out, one, dy)[0] for out, one in ((y, found), (expected, wanted))))
 
 
 @pytest.mark.gpu
@@ -133,6 +148,9 @@ def test_the_operators_obey_torchs_rules_and_compile_whole():
     x.requires_grad_(), weight.requires_grad_()
     torch.library.opcheck(torch.ops.groundup.grouped_linear, (x, weight, ends, "loop"))
     torch.library.opcheck(torch.ops.groundup.grouped_linear_weight_gradient, (dy, x.detach(), ends, "loop"))
+    packed = quantise_nf4(weight.detach().flatten(0, 1))
+    given = (x, *packed.tensors, packed.sizes, ends, "loop", "torch", False)
+    torch.library.opcheck(torch.ops.groundup.grouped_nf4_linear, given)
     compiled = torch.compile(grouped_linear, fullgraph=True, backend="aot_eager")
     for found, wanted in zip(
         found_by(compiled, x, weight, ends, dy, "loop"),

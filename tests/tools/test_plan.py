@@ -11,6 +11,8 @@ import pytest
 from arguments import ArgumentParser
 from dataprep.tokenizers import load_tokenizer
 from errors import UserError
+from families.new_models import parts_of_new
+from model_config import ModelConfig
 from tools import plan as plan_tool
 from training.config import TrainConfig
 from training.plan import model_shape
@@ -142,3 +144,14 @@ def test_a_file_with_stages_is_planned_stage_by_stage(planned, base, tiny_data, 
 def test_an_option_that_the_run_would_not_read_is_refused_here_too(planned, base, tmp_path):
     with pytest.raises(UserError, match="--group_size is for --stage grpo"):
         planned("--stage", "sft", "--init_from", base, "--train_data", tmp_path / "chat.jsonl", "--group_size", 4)
+
+
+def test_rows_longer_than_a_base_can_take_are_refused_as_train_refuses_them(planned, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = parts_of_new("gpt2", 1, 16) | {"max_position_embeddings": 24}
+    config = ModelConfig(vocab_size=99, **shape, **parts)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    (one,) = planned("--init_from", tmp_path)
+    assert "rows of 24 tokens are assumed" in one["data"]
+    with pytest.raises(UserError, match="rows of 32 tokens are longer than the 24 positions that the base has learned"):
+        planned("--init_from", tmp_path, "--max_length", 32)

@@ -15,6 +15,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as HFTokenizer
 
 import utils
+from adapters.lora import add_adapters
+from adapters.peft_files import save_adapter
+from adapters.scalar_head import RewardModel
 from errors import UserError
 from tests.forked import Forked
 from tests.stages.task_workshop import DECODERS, FAMILIES, WORDS, a_base, transformers, write_all, write_rows
@@ -405,6 +408,58 @@ def test_a_trained_adapter_says_what_its_run_measured(predict, tmp_path):
     right = np.mean([row["predicted"] == row["label"] for row in rows])
     assert np.isclose(right, measured) and measured > 0.6
     assert rows == predict(base, "--adapter", tmp_path / "run", "--input", tmp_path / "texts.jsonl")[0]
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(bases, tmp_path_factory) -> Path:
+    """That of a run of --stage reward --lora, whose head and adapters are drawn."""
+    model = RewardModel.from_pretrained(bases["llama"], seed=0)
+    add_adapters(model, rank=4, alpha=6.0)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("reward") / "adapter"
+    save_adapter(model, folder, base_model=str(bases["llama"]))
+    shutil.copy(bases["llama"] / "config.json", folder)  # so that --checkpoint takes it
+    return folder
+
+
+def test_a_reward_adapter_scores_as_the_model_that_is_made_of_it(bases, reward_adapter, predict, tmp_path, capsys):
+    lines = write_lines(tmp_path / "l.txt", PLAIN)
+    assert (
+        utils.main(
+            [
+                "merge",
+                "--base",
+                str(bases["llama"]),
+                "--adapter",
+                str(reward_adapter),
+                "--output",
+                str(tmp_path / "whole"),
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    predict_whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    rows, _ = predict(reward_adapter, "--input", lines)
+    tokenizer = a_tokenizer(bases["llama"])
+    expected = [predict_whole(**tokenizer(line, return_tensors="pt")).logits.item() for line in PLAIN]
+    np.testing.assert_allclose([row["predicted"] for row in rows], expected, **CLOSE)
+    assert rows == predict(bases["llama"], "--adapter", reward_adapter, "--input", lines)[0]
+    np.testing.assert_allclose(
+        [row["predicted"] for row in predict(tmp_path / "whole", "--input", lines)[0]], expected, **CLOSE
+    )
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier", "reward adapter"])
+def test_what_reads_alone_is_not_asked_to_write(kind, bases, reward_adapter, tmp_path):
+    a_task(bases["llama"], tmp_path / "task", "classify", ("a", "b"))
+    folder = {"encoder": bases["bert"], "classifier": tmp_path / "task", "reward adapter": reward_adapter}[kind]
+    for command in (["generate", "--prompt", "ann"], ["chat"]):
+        with pytest.raises(UserError, match=r"reads text and does not write: use python utils\.py predict"):
+            utils.main([*command, "--device", "cpu", "--checkpoint", str(folder)])
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

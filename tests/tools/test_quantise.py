@@ -1,5 +1,7 @@
 """Does a 4-bit folder hold the same model for us and for transformers, in a quarter of the bytes?"""
 
+import argparse
+import json
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import torch
 
 from adapters.base_models import load_base
 from checkpointing.save import save_checkpoint
+from errors import UserError
 from model import Transformer
 from model_config import ModelConfig
 from tools import quantise
@@ -57,3 +60,19 @@ def test_nothing_is_overwritten(root, plain, tmp_path):
     command = [sys.executable, "utils.py", "quantise", "--model", plain, "--output", tmp_path / "there"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and "exists" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_mixture_of_experts_is_refused_before_its_weights_are_read(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"family": "mixtral", "num_experts": 4, "experts_per_token": 2, "expert_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(ModelConfig(vocab_size=128, **shape, **parts).to_hf()))
+    with pytest.raises(UserError, match="a mixture of experts cannot be saved in 4 bits"):
+        quantise.main(argparse.Namespace(model=str(tmp_path), output=str(tmp_path / "four")))
+
+
+def test_a_classifier_is_refused_before_its_weights_are_read(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(vocab_size=128, **shape).to_hf() | {"architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has the head of a classifier"):
+        quantise.main(argparse.Namespace(model=str(tmp_path), output=str(tmp_path / "four")))

@@ -1,12 +1,14 @@
 """Do the models of PPO start from what the command names: one base, its adapters, and a judge trained over the same base?"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from adapters.actor_critic import REWARD_ADAPTER, REWARD_HEAD, ActorCritic, adapter_scores
+from adapters.base_models import load_base, save_quantised
 from adapters.lora import adapters_off, add_adapters
 from adapters.peft_files import save_adapter
 from adapters.scalar_head import RewardModel
@@ -15,7 +17,7 @@ from kernels.choice import KernelChoice
 from model import Transformer
 from model_config import ModelConfig
 from training.config import TrainConfig
-from training.loading import build_model, read_shape
+from training.loading import build_model, read_base_shape, read_shape
 from training.precision import choose_precision
 
 CPU = torch.device("cpu")
@@ -109,3 +111,54 @@ def test_a_judge_over_another_base_is_refused(base, judge, tmp_path):
         build(base, reward_model=str(judge[0]), load_in_4bit=True)
     with pytest.raises(UserError, match=r"utils\.py merge"):  # all weights learn: there is no base to share
         build(base, reward_model=str(judge[0]), lora=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stage": "pretrain", "train_data": []}, "which do not learn: add --lora, or start from the model that it was"),
+        ({"stage": "sft"}, "which do not learn: add --lora"),
+        ({"stage": "reward", "lora": True, "load_in_4bit": True}, "--stage reward puts a head .* --lora --load_in_4bit"),
+        ({"stage": "classify", "lora": True}, "--stage classify puts a head on others"),
+        ({"stage": "sft", "lora": True}, None),
+        ({"stage": "sft", "lora": True, "load_in_4bit": True}, None),
+    ],
+)  # fmt: skip
+def test_of_a_4_bit_base_adapters_alone_learn(options, words, base, tmp_path):
+    """Trained whole, its NF4 layers would stand still, and be saved as what nothing opens."""
+    save_quantised(load_base(base, quantise="nf4"), tmp_path / "four", {})
+    config = TrainConfig(**{"init_from": str(tmp_path / "four"), "train_data": ["x"], "sample_prompt": "", **options})
+    if words is None:
+        assert read_base_shape(config, tmp_path / "four") == read_shape(base)
+        return
+    with pytest.raises(UserError, match=words):
+        read_base_shape(config, tmp_path / "four")
+
+
+def test_routers_losses_are_for_bases_that_have_routers(base, tmp_path):
+    mixture = {"family": "mixtral", "num_experts": 4, "experts_per_token": 2, "expert_size": 128}
+    shape = replace(read_shape(base), **mixture)
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        config = TrainConfig(init_from=str(base), **{name: 0.5})
+        with pytest.raises(UserError, match=f"is a llama without experts, and --{name} is for mixtures"):
+            read_base_shape(config, base)
+        assert read_base_shape(config, tmp_path).num_experts == 4
+    assert read_base_shape(TrainConfig(init_from=str(base)), base).num_experts is None
+
+
+def test_a_stage_that_needs_the_words_head_takes_no_classifier(base, tmp_path):
+    config = read_shape(base).to_hf() | {"id2label": {"0": "LABEL_0"}}
+    for named, stage, refused in (
+        ("LlamaForSequenceClassification", "sft", True),
+        ("LlamaForTokenClassification", "reward", True),
+        ("LlamaForSequenceClassification", "reward", False),
+        ("LlamaForTokenClassification", "classify", False),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [named]}))
+        run = TrainConfig(init_from=str(tmp_path), stage=stage, train_data=["x"])
+        if not refused:
+            assert read_base_shape(run, tmp_path).hidden_size == 64
+            continue
+        with pytest.raises(UserError, match=f"is a {named}, without the head that --stage {stage} needs: start from"):
+            read_base_shape(run, tmp_path)

@@ -1,6 +1,7 @@
 """Is the plan that is printed the run that is run?"""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,21 @@ def test_parameters_are_those_of_the_real_model():
         _, model, plan = a_plan(tie_word_embeddings=tied, qk_norm=True, num_kv_heads=1)
         assert plan.parameters.total == sum(p.numel() for p in Transformer(model).parameters())
         assert model.vocab_size == 384  # 300, padded to a multiple of 128
+
+
+def test_of_experts_the_plan_says_how_many_and_what_a_token_meets():
+    """Two blocks of 8 experts, each of 3 matrices of 64 x 192, of which 2 work on a token; and a block without any."""
+    config, model, plan = a_plan(model="qwen3_moe", intermediate_size=384)
+    assert model.expert_size == 192
+    idle = 2 * (8 - 2) * 3 * 64 * 192
+    assert plan.parameters.active == sum(p.numel() for p in Transformer(model).parameters()) - idle
+    said = format_plan(plan, config, model, {})
+    assert ", 8 experts of 192, 2 a token, vocabulary" in said and "MLP" not in said
+    assert f"; a token meets {plan.parameters.active:,}" in said
+    mixed = replace(model, dense_layers=[1])
+    assert "8 experts of 192, 2 a token, in 1 layers, MLP 384 in the others" in format_plan(plan, config, mixed, {})
+    config, model, plan = a_plan()
+    assert plan.parameters.active == plan.parameters.total and "meets" not in format_plan(plan, config, model, {})
 
 
 @pytest.mark.parametrize("world_size,micro,accumulation", [(1, None, 1), (1, 5, 3), (2, 3, 2), (5, 1, 3), (2, 100, 1)])
@@ -148,6 +164,20 @@ def test_flops_of_every_family_are_those_that_torch_counts(family):
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
         model.logits(model(torch.arange(length)[None])).sum().backward()
     assert counter.get_total_flops() == length * learning_flops(config, shape, length)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    "model,stage,full,window", [("gemma3", "pretrain", [5], 512), ("modernbert", "mlm", [0, 3, 6], 64 + 1 + 64)]
+)
+def test_flops_of_sliding_windows_are_those_of_the_keys_that_they_hold(model, stage, full, window, lora):
+    """Of 8 layers all but `full` see `window` keys; 12 FLOPs for each of them and each of the 64 values of the heads."""
+    options = {"model": model, "stage": stage, "num_layers": 8, "hidden_size": 64, "num_heads": 2, "lora": lora}
+    config = TrainConfig(**options, sample_prompt="")
+    shape = model_shape(config, 300, 8192, 0)
+    short, long = (learning_flops(config, shape, length) for length in (100, 5000))
+    assert long - short == 12 * 64 * (len(full) * (5000 - 100) + (8 - len(full)) * (window - 100))
+    assert short - learning_flops(config, shape, 50) == 12 * 64 * 8 * 50
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
