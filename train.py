@@ -46,7 +46,7 @@ from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, git_commit, next_command, versions
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, checkpoint_parts, make_ema, make_optimizers, read_base_shape, reward_adapter
-from training.metrics import Clock, Figures, Metrics, RunLog, TrainRow, memory_gb, peak_tflops, reduce_metrics
+from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
 from training.numerics import choose_numerics, machine_lines
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets, sharding_of
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
@@ -101,11 +101,10 @@ def run_stage(
             loop(run, stop)
         finished = run.step >= run.config.max_steps or run.hooks.stop
         if run.step > start_step or run.hooks.stop:
-            event, words = ("finish", "ended by --hooks" if run.hooks.stop else "finished")
-            if not finished:
-                event, words = ("stop", f"stopped by {stop.received_by_any(ranks).name}")
+            words = "ended by --hooks" if run.hooks.stop else "finished"
+            words = words if finished else f"stopped by {stop.received_by_any(ranks).name}"
             advice = next_command(run.config, finished, in_plan=from_file is not None)
-            run.log.event(run.step, event, f"{words} at step {run.step:,}; {advice}")
+            run.log.event(run.step, "finish" if finished else "stop", f"{words} at step {run.step:,}; {advice}")
         run.log.status("finished" if finished else "stopped", run.step)
         run.log.close()
     return finished, stop
@@ -417,9 +416,8 @@ class Run:
                 self.sample(step)
         if not self.ranks.is_main:
             return
-        from training.plots import (
-            draw_run,  # here: matplotlib takes seconds to import, and a short run may draw nothing
-        )
+        # here, because it imports matplotlib for seconds, and a short run may draw nothing
+        from training.plots import draw_run
 
         draw_run(self.config.save_dir)
         if last and isinstance(self.stage, Classify):
@@ -446,31 +444,6 @@ class Run:
         if self.ranks.sum([float(is_best)])[0]:
             self.best_loss = loss
             mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
-
-
-def train_row(run: Run, figures: Figures, grad_norm: Tensor | None, clock: Clock) -> TrainRow:
-    plan, seconds = run.plan, clock.seconds_per_step()
-    rate = clock.tokens / max(1, clock.steps) / seconds
-    used, reserved = memory_gb(run.ranks.device)
-    useful = rate / plan.world_size * plan.flops_per_token  # FLOP/s of one device
-    return TrainRow(
-        step=run.step,
-        loss=figures["loss"],
-        lr=run.learning_rate,
-        grad_norm=None if grad_norm is None else grad_norm.item(),
-        tok_s=rate,
-        tok_s_gpu=rate / plan.world_size,
-        mfu=useful / (run.peak_tflops * 1e12) if run.peak_tflops else None,
-        dt=seconds,
-        data_wait=clock.data_wait(),
-        tokens=run.tokens,
-        epoch=run.stage.epoch(run.samples),
-        figures={name: value for name, value in figures.items() if name != "loss"},
-        scaler=run.scaler.scale.item() if run.scaler.enabled else None,
-        mem_gb=used,
-        mem_reserved_gb=reserved,
-        empty_steps=run.empty_steps,
-    )
 
 
 if __name__ == "__main__":

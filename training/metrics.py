@@ -297,6 +297,32 @@ def memory_gb(device: torch.device) -> tuple[float, float | None]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, None
 
 
+def train_row(run: Any, figures: Figures, grad_norm: Tensor | None, clock: Clock) -> TrainRow:
+    """What a run has to say after a step. run: train.Run; figures: means over the steps since the last row."""
+    plan, seconds = run.plan, clock.seconds_per_step()
+    rate = clock.tokens / max(1, clock.steps) / seconds
+    used, reserved = memory_gb(run.ranks.device)
+    useful = rate / plan.world_size * plan.flops_per_token  # FLOP/s of one device
+    return TrainRow(
+        step=run.step,
+        loss=figures["loss"],
+        lr=run.learning_rate,
+        grad_norm=None if grad_norm is None else grad_norm.item(),
+        tok_s=rate,
+        tok_s_gpu=rate / plan.world_size,
+        mfu=useful / (run.peak_tflops * 1e12) if run.peak_tflops else None,
+        dt=seconds,
+        data_wait=clock.data_wait(),
+        tokens=run.tokens,
+        epoch=run.stage.epoch(run.samples),
+        figures={name: value for name, value in figures.items() if name != "loss"},
+        scaler=run.scaler.scale.item() if run.scaler.enabled else None,
+        mem_gb=used,
+        mem_reserved_gb=reserved,
+        empty_steps=run.empty_steps,
+    )
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file in one step; a reader sees the old one or the new one. A full disk is reported, not raised."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -137,7 +137,7 @@ def test_a_token_is_drawn_over_a_cache(gpu):
 
 
 @pytest.mark.parametrize(
-    "name", OPTIMIZERS.keys() - {"adamw8bit"}
+    "name", [name for name in OPTIMIZERS if name != "adamw8bit"]
 )  # its codes are numbers, which fake tensors have not
 def test_optimizers_and_the_scaler_stay_on_the_device(name, gpu):
     model = a_model(choices("auto", "auto")[1], "none")
