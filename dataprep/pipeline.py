@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -196,17 +196,18 @@ def check_options(options: Options) -> None:
             raise UserError(f"--text_extensions {extension}: write each extension with its dot, such as .py")
 
 
-def prepare(options: Options, progress: Progress) -> Metadata:
+def prepare(options: Options, progress: Progress, exclude: Collection[Path] = ()) -> Metadata:
     """Make (or continue, or find up to date) the dataset in `options.output_dir`; returns its manifest.
 
-    UserError for what the user can mend: nothing to read, a full disk, a killed worker, another dataset in the way.
+    exclude: folders below input_dir that are not read. UserError for what the user can mend: nothing to read, a full disk, a
+    killed worker, another dataset in the way.
     """
     check_options(options)
     input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
     started = time.monotonic()
     if input_dir.is_dir() and output_dir.is_dir() and os.path.samefile(input_dir, output_dir):
         raise UserError(f"--output_dir {output_dir} is the input folder; choose another")
-    found = discover(input_dir, tuple(e.lower() for e in options.text_extensions), exclude=output_dir)
+    found = discover(input_dir, tuple(e.lower() for e in options.text_extensions), exclude=[output_dir, *exclude])
     _require_files(found, input_dir)
     with locked_folder(output_dir):
         total = sum(file.size for file in found.files)

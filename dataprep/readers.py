@@ -19,7 +19,7 @@ import stat
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -126,8 +126,8 @@ class Document:
                     return
 
 
-def discover(input_dir: Path, text_extensions: tuple[str, ...] = (), exclude: Path | None = None) -> Discovery:
-    """Find the files below `input_dir`, links followed, every folder once, the folder `exclude` left out.
+def discover(input_dir: Path, text_extensions: tuple[str, ...] = (), exclude: Collection[Path] = ()) -> Discovery:
+    """Find the files below `input_dir`, links followed, every folder once, the folders `exclude` left out.
 
     UserError when the folder is missing or cannot be listed.
     """
@@ -139,13 +139,13 @@ def discover(input_dir: Path, text_extensions: tuple[str, ...] = (), exclude: Pa
     except PermissionError:
         raise UserError(f"--input_dir {input_dir} may not be read (permission denied)") from None
     found = Discovery()
-    excluded = _identity(exclude) if exclude is not None and exclude.is_dir() else None
+    excluded = {_identity(one) for one in exclude if one.is_dir()}
     seen: set[tuple[int, int]] = set()
     folders = [""]
     while folders:
         folder = folders.pop()
         identity = _identity(input_dir / folder)
-        if identity == excluded:
+        if identity in excluded:
             continue
         if identity in seen:
             found.skipped.append(Skipped(LINK_LOOP, folder))

@@ -30,6 +30,12 @@ NUM_SPECIAL = 32
 _NAME = re.compile(r"<\S*\w\S*>|\[\S*\w\S*\]")
 
 
+def check_name(flag: str, token: str) -> None:
+    """UserError for a name that a merge of text could spell."""
+    if not _NAME.fullmatch(token):
+        raise UserError(f"{flag} {token!r}: write it as <NAME> or [NAME], without spaces")
+
+
 def special_tokens(first: Sequence[str], chosen: Sequence[str] | None) -> list[str]:
     """The special tokens of a tokenizer, in the order of their ids. first: those that it has anyway.
 
@@ -40,8 +46,7 @@ def special_tokens(first: Sequence[str], chosen: Sequence[str] | None) -> list[s
         tokens = [*first, *TURNS, *MARKS]
         return [*tokens, *(f"<|reserved_{number}|>" for number in range(NUM_SPECIAL - len(tokens)))]
     for number, token in enumerate(chosen):
-        if not _NAME.fullmatch(token):
-            raise UserError(f"--special_tokens {token!r}: write each as <NAME> or [NAME], without spaces")
+        check_name("--special_tokens", token)
         if token in (*first, *chosen[:number]):
             raise UserError(f"--special_tokens names {token} twice, or it is there anyway: leave one out")
     return [*first, *chosen]

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HFTokenizer
 
 from dataprep.encoding import GPT2_PATTERN, NASTY
-from dataprep.special_tokens import ENCODER_TOKENS, PAD, chat_config, special_tokens
+from dataprep.special_tokens import ENCODER_TOKENS, PAD, chat_config, check_name, special_tokens
 from dataprep.tokenizers import (
     DEFAULT_EOS,
     MARKS_KEY,
@@ -55,6 +55,7 @@ def specials_of(
 
     With encoder_tokens, BERT's five in front, the end of text where it is none of them, and those chosen: a chat's only then.
     """
+    check_name("--eos_token", eos_token)
     if encoder_tokens:
         first = ENCODER_TOKENS if eos_token in ENCODER_TOKENS else (*ENCODER_TOKENS, eos_token)
         specials = special_tokens(first, chosen or ())
@@ -65,7 +66,7 @@ def specials_of(
         bytes_too = "256 bytes and " if kind == "bpe" else ""
         raise UserError(
             f"--vocab_size {vocab_size} is too small: {bytes_too}{len(specials)} special tokens need at least {least}; "
-            "--special_tokens chooses fewer"
+            "raise it"
         )
     return specials
 

@@ -195,6 +195,7 @@ BAD = {
     "latin.txt": ("naïve".encode("latin-1") * 100, "invalid UTF-8"),
     "binary.txt": (b"text\0text", "binary file"),
     "blank.jsonl": (b"\n\n", "empty document"),
+    "named_otherwise.jsonl": (b'{"body": "words"}\n', "it has no text, and --rename_columns COLUMN=text says"),
 }
 
 
@@ -288,3 +289,32 @@ def test_a_longer_text_gets_a_larger_vocabulary():
     assert [fitting_vocab_size(size) for size in (1, 100_000, 1_000_000, 25_000_000, 10**12)] == [
         512, 1024, 4096, 16384, 32000,
     ]  # fmt: skip
+
+
+def test_a_folder_that_holds_the_run_is_read_without_what_the_run_writes(texts, train, tmp_path):
+    proj = Path(shutil.copytree(texts, tmp_path / "proj"))
+    train(proj / "run", "--train_file", proj, *SMALL, "--max_steps", 2)
+    said = train(proj / "run", "--train_file", proj, *SMALL, "--checkpoint", "latest", "--max_steps", 3).out
+    assert "is up to date" in said and "resumed from" in said
+    assert sum(split.documents for split in load_metadata(prepared(proj / "run")).splits.values()) == 2  # the two .txt
+
+
+def test_a_folder_without_text_is_one_sentence_in_words_that_were_typed(texts, train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for beside in ([], [texts / "one.txt"]):
+        ended = train(tmp_path / "run", "--train_file", *beside, tmp_path / "empty", *SMALL, code=2)
+        refused(ended, f"--train_file {tmp_path / 'empty'} holds no .txt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--stage mlm --model bert", ["--tokenizer", "has no mask token", "such as bert"]),
+        ("--vocab_size 999", ["--vocab_size 999 is not that of --tokenizer", "leave it out"]),
+    ],
+)
+def test_a_tokenizer_that_cannot_do_is_refused_before_text_is_prepared(flags, words, tiny_data, texts, train, tmp_path):
+    small = [word for word in SMALL if word not in ("--start_context", "the")]
+    ended = train(tmp_path / "run", *files(texts), *small, *flags.split(), "--tokenizer", tiny_data, code=2)
+    refused(ended, *words)
+    assert not list(tmp_path.glob("run/data/*"))

@@ -19,8 +19,9 @@ from checkpointing.save_folder import from_rank_0
 from dataprep.known_tokenizers import find_tokenizer
 from dataprep.pipeline import TRAINED, Options, prepare
 from dataprep.progress import Progress
-from dataprep.readers import EMPTY, TEXT_EXTENSIONS, Document, SourceFile, discover, read_documents
+from dataprep.readers import EMPTY, NO_TEXT, TEXT_EXTENSIONS, Document, SourceFile, discover, read_documents
 from dataprep.shards import METADATA_FILE
+from dataprep.tokenizers import Tokenizer, load_tokenizer
 from errors import UserError
 from training.config import TrainConfig
 from training.resume import check_data_order
@@ -42,7 +43,9 @@ def with_prepared_text(
     """
     files = {"--train_file": config.train_file, "--val_file": config.val_file}
     _refuse_columns(config, files)
-    order = from_rank_0(lambda: {flag[2:]: [_digest(flag, path) for path in paths] for flag, paths in files.items()})
+    order = from_rank_0(
+        lambda: {flag[2:]: [_digest(flag, path, config.save_dir) for path in paths] for flag, paths in files.items()}
+    )
     check_data_order(saved_order, order, checkpoint)
     folder, trained = from_rank_0(lambda: _prepare(config, base, context, files, order), _PATIENCE)
     # a small text gives a tokenizer fewer ids than it was asked for
@@ -84,8 +87,8 @@ def _prepare(
     links = _link(folder / "text", files)
     options = replace(options, input_dir=folder / "text", output_dir=folder)
     if not (folder / METADATA_FILE).exists():
-        _refuse_unusable(folder / "text", links, options.text_key)
-    prepare(options, progress)
+        _refuse_unusable(folder / "text", links, options.text_key, config.save_dir)
+    prepare(options, progress, exclude=[Path(config.save_dir)])
     return folder, options.tokenizer_type in TRAINED
 
 
@@ -99,7 +102,7 @@ def _options(config: TrainConfig, base: Path | None, context: int | None, cache:
             "that counts from row to row has --stride as large as --max_length"
         )
     columns = [pair.partition("=")[0] for pair in config.rename_columns if pair.endswith("=text")]
-    size = sum(file.stat().st_size for path in config.train_file for file in _files_of(Path(path)))
+    size = sum(file.stat().st_size for path in config.train_file for file in _files_of(Path(path), config.save_dir))
     options = Options(
         cache, cache, max_length=max_length, stride=stride, text_key=columns[0] if columns else Options.text_key,
         vocab_size=config.vocab_size or fitting_vocab_size(size), encoder_tokens=config.stage == "mlm",
@@ -110,8 +113,23 @@ def _options(config: TrainConfig, base: Path | None, context: int | None, cache:
     folder = base or find_tokenizer(str(config.tokenizer))
     progress.say(f"tokenizer: that of {folder or 'tiktoken, gpt2'}")
     if folder is None:
+        _check_tokenizer(config, None)
         return replace(options, tokenizer_type="tiktoken", tiktoken_encoding="gpt2", encoder_tokens=False)
+    _check_tokenizer(config, load_tokenizer(folder, lazy=True))
     return replace(options, tokenizer_type="existing", tokenizer_dir=folder, encoder_tokens=False)
+
+
+def _check_tokenizer(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
+    """UserError, before a corpus is prepared, for a tokenizer that the run cannot use. None: tiktoken's, of writers."""
+    named = f"--tokenizer {config.tokenizer}" if config.tokenizer else f"--init_from {config.init_from}"
+    if config.stage == "mlm" and (tokenizer is None or tokenizer.mask_token_id is None):
+        raise UserError(
+            f"{named} has no mask token, which --stage mlm hides words with: take an encoder's, such as bert"
+        )
+    if tokenizer and config.vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"--vocab_size {config.vocab_size} is not that of {named}, which is {tokenizer.vocab_size}: leave it out"
+        )
 
 
 def fitting_vocab_size(size: int) -> int:
@@ -125,16 +143,19 @@ def fitting_vocab_size(size: int) -> int:
     return min(max(2**power, 512), Options.vocab_size)
 
 
-def _files_of(path: Path) -> list[Path]:
-    """A file, or what is read below a folder."""
-    return [path / file.path for file in discover(path).files] if path.is_dir() else [path]
+def _files_of(path: Path, save_dir: str) -> list[Path]:
+    """A file, or what is read below a folder, without what the run itself writes there."""
+    if not path.is_dir():
+        return [path]
+    return [path / file.path for file in discover(path, exclude=[Path(save_dir)]).files]
 
 
-def _digest(flag: str, path: str) -> str:
+def _digest(flag: str, path: str, save_dir: str) -> str:
     """SHA-256 of a file, or of the names and digests of those in a folder. UserError where one cannot be read."""
     try:
         if Path(path).is_dir():
-            named = [(str(file.relative_to(path)), _digest(flag, str(file))) for file in _files_of(Path(path))]
+            files = _files_of(Path(path), save_dir)
+            named = [(str(file.relative_to(path)), _digest(flag, str(file), save_dir)) for file in files]
             return hashlib.sha256(json.dumps(named).encode()).hexdigest()
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -158,16 +179,25 @@ def _link(folder: Path, files: dict[str, list[str]]) -> dict[str, str]:
     return links
 
 
-def _refuse_unusable(folder: Path, links: dict[str, str], text_key: str) -> None:
-    """UserError for the first named file that has no text at all; other lines and files are skipped and counted, as ever."""
-    found = discover(folder)
+def _refuse_unusable(folder: Path, links: dict[str, str], text_key: str, save_dir: str) -> None:
+    """UserError for the first named file or folder without text; other lines and files are skipped and counted, as ever."""
+    found = discover(folder, exclude=[Path(save_dir)])
     reasons = {one.path: one.kind for one in found.skipped}
+    for name, words in links.items():
+        if (folder / name).is_dir() and not any(file.path.startswith(f"{name}/") for file in found.files):
+            raise UserError(
+                f"{words} holds no .txt, .md, .json or .jsonl file (nor one of them with .gz) that is not named before; name "
+                "each file of another kind"
+            )
     for file in found.files:
         if (reason := _why_unusable(folder, file, text_key)) is not None:
             reasons[file.path] = reason
     for name, words in links.items():
         if name in reasons:
-            raise UserError(f"{words} cannot be used: {reasons[name]}; give a file with text in UTF-8")
+            mend = "give a file with text in UTF-8"
+            if reasons[name] == NO_TEXT:
+                mend = f"it has no {text_key}, and --rename_columns COLUMN=text says which column is the text"
+            raise UserError(f"{words} cannot be used: {reasons[name]}; {mend}")
 
 
 def _why_unusable(folder: Path, file: SourceFile, text_key: str) -> str | None:

@@ -451,6 +451,7 @@ def test_an_existing_tokenizer_is_taken_over(reference, corpus):
         ({"tokenizer_type": "existing"}, "--tokenizer_dir"),
         ({"tokenizer_dir": Path(".")}, "--tokenizer_dir"),
         ({"tokenizer_type": "tiktoken", "eos_token": "x"}, "--eos_token"),
+        ({"tokenizer_type": "wordpiece", "eos_token": "END"}, "--eos_token 'END': write it as <NAME>"),
         ({"text_extensions": ("py",)}, "--text_extensions py"),
         ({"tokenizer_train_bytes": 1 << 40}, "--tokenizer_train_bytes"),
     ],

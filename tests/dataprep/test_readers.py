@@ -147,7 +147,7 @@ def test_links_pipes_and_the_output_folder(tmp_path):
     (folder / "link.txt").symlink_to(tmp_path / "d.txt")
     (folder / "gone.txt").symlink_to(tmp_path / "missing.txt")
     os.mkfifo(folder / "pipe.txt")
-    texts, skipped = read(folder, exclude=folder / "out")
+    texts, skipped = read(folder, exclude=[folder / "out"])
     assert texts == ["a.txt", "b.txt", "d.txt"]
     assert skipped == [
         (readers.LINK_LOOP, "deep/loop", None),

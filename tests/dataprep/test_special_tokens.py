@@ -173,7 +173,7 @@ def test_special_tokens_can_be_chosen(tmp_path):
     assert "chat_template" not in json.loads((tmp_path / "two" / "tokenizer_config.json").read_text())
     assert not {2, 3} & set(tokenizer.encode("a <|a|> [B]"))
     for chosen, sentence in (
-        (("word",), "write each as <NAME>"), (("<|a b|>",), "write each as"), (("",), "write each as"), (("<>",), "write each"),
+        (("word",), "write it as <NAME>"), (("<|a b|>",), "write it as"), (("",), "write it as"), (("<>",), "write it"),
         (("<|a|>", "<|a|>"), "twice"), (("<|pad|>",), "it is there anyway"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
