@@ -171,10 +171,7 @@ class SentencePairs:
             document = split.document((number + step) % split.num_documents)
             if fits(span := self._span(split, document.start, key)):
                 return span
-        raise UserError(
-            f"the {split.split} split has no two documents of which pairs can be made; prepare more text, or train without "
-            "next sentence prediction"
-        )
+        raise AssertionError("makes_pairs said that there is one")
 
     def _span(self, split: TokenSplit, position: int, key: int) -> Span:
         """Up to `room` tokens around `position`, all of its document."""
@@ -217,6 +214,18 @@ class SentencePairs:
         )
 
 
+def makes_pairs(split: TokenSplit, tokenizer: Tokenizer) -> bool:
+    """Whether one document has two tokens, a part and what follows it, and another has one."""
+    with_one = with_two = 0
+    for number in range(split.num_documents):
+        start, stop = split.document(number).start, split.document(number).stop - 1
+        size = stop - start - int(split.read(start, 1)[0] == tokenizer.cls_token_id)
+        with_one, with_two = with_one + (size >= 1), with_two + (size >= 2)
+        if with_one >= 2 and with_two:
+            return True
+    return False
+
+
 def open_sentence_pairs(
     splits: list[TokenSplit], weights: list[float], tokenizer: Tokenizer, *, max_length: int, seed: int,
     sampler: int = SAMPLER_VERSION,
@@ -230,9 +239,10 @@ def open_sentence_pairs(
     if max_length < _NUM_SPECIAL + 2:
         raise UserError(f"--max_length {max_length} has no room for a pair; the least is {_NUM_SPECIAL + 2}")
     for split in splits:
-        if split.num_documents < 2:
+        if not makes_pairs(split, tokenizer):
             raise UserError(
-                f"the {split.split} split has {split.num_documents} documents, and sentence pairs need two; prepare more text"
+                f"the {split.split} split has no two documents of which pairs can be made; prepare more text, or train "
+                "without --next_sentence"
             )
     return SentencePairs(
         sources=splits,

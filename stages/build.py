@@ -27,7 +27,7 @@ from adapters.scalar_head import RewardModel, padding_files
 from batches.masking import Masking, masking_of
 from batches.packing import Sequence
 from batches.sampler import SAMPLER_VERSION
-from batches.sentence_pairs import SentencePairs, open_sentence_pairs
+from batches.sentence_pairs import SentencePairs, makes_pairs, open_sentence_pairs
 from batches.windows import TrainingData, Windows, open_training_data
 from checkpointing.save_folder import from_rank_0
 from dataprep.shards import Metadata, load_metadata, open_split
@@ -229,10 +229,8 @@ def _rows(
     pairs = open_sentence_pairs(
         splits, config.data_weights, tokenizer, max_length=max_length, seed=config.seed, sampler=sampler
     )
-    if held_out.num_documents < 2:
-        report.append(
-            f"nothing is evaluated: pairs need two documents held out, and there are {held_out.num_documents}"
-        )
+    if not makes_pairs(held_out, tokenizer):
+        report.append("nothing is evaluated: no two documents are held out of which pairs can be made")
         return pairs, None
     return pairs, open_sentence_pairs([held_out], [], tokenizer, max_length=max_length, seed=0)
 

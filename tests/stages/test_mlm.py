@@ -376,16 +376,20 @@ def test_a_tokenizer_without_a_mask_token_is_told_how_to_get_one(tiny_data, tmp_
     assert "the tokenizer has no mask token; prepare the data with --tokenizer_type wordpiece, or bpe" in ended.err
 
 
-def test_what_is_held_out_of_one_document_gives_no_pairs_and_says_so(tmp_path):
-    (tmp_path / "text").mkdir()
+@pytest.mark.parametrize("held_out", [[], ["."] * 2])
+def test_what_is_held_out_without_pairs_is_not_evaluated_and_says_so(held_out, tmp_path):
+    (tmp_path / "text/val").mkdir(parents=True)
+    for number, text in enumerate(held_out):
+        (tmp_path / f"text/val/{number}.txt").write_text(text)
     texts = [f"the sun sky cloud rain {n} wind storm . the dog runs ." for n in range(30)]
     (tmp_path / "text/a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     settings = {"tokenizer_type": "wordpiece", "vocab_size": 90, "max_length": 32, "stride": 0, "num_workers": 1}
-    prepare(Options(tmp_path / "text", tmp_path / "data", val_fraction=0.0, **settings), Progress())
+    split = {"val_subdir": "val"} if held_out else {"val_fraction": 0.0}
+    prepare(Options(tmp_path / "text", tmp_path / "data", **split, **settings), Progress())
     words = f"{TINY} --model bert --next_sentence --max_steps 1"
     ended = train(tmp_path, words, "--data_dir", tmp_path / "data")
     assert ended.code == 0, ended.err
-    assert "nothing is evaluated: pairs need two documents held out, and there are 0" in ended.out
+    assert "nothing is evaluated: no two documents are held out of which pairs can be made" in ended.out
 
 
 def test_labels_of_pairs_are_even(encoder_data):
