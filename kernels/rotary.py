@@ -80,6 +80,12 @@ def checked_scaling(scaling: dict, max_position_embeddings: int) -> dict:
     scaling = dict(scaling)
     if kind in STRETCHED_FROM:  # transformers' own default
         scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
+    if kind == "dynamic" and scaling["original_max_position_embeddings"] != max_position_embeddings:
+        raise UserError(
+            f'rope_scaling: rope_type "dynamic" stretches from max_position_embeddings, which is {max_position_embeddings}, and '
+            f"original_max_position_embeddings {scaling['original_max_position_embeddings']} is not heeded by transformers: "
+            "leave it out, or make them equal"
+        )
     if kind in ("yarn", "longrope") and scaling.get("factor", 0 if kind == "yarn" else None) is None:
         # transformers takes what was stretched
         scaling["factor"] = max_position_embeddings / scaling["original_max_position_embeddings"]

@@ -294,6 +294,16 @@ def test_what_would_be_computed_differently_is_refused_by_name(family, change, n
         read_config(saved(transformers, family) | change)
 
 
+def test_a_dynamic_stretch_from_another_context_than_transformers_takes_is_refused(transformers):
+    """It stretches from max_position_embeddings, 256 here, whatever else a config says."""
+    stretched = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    with pytest.raises(UserError, match="original_max_position_embeddings 64 is not heeded"):
+        ModelConfig.from_hf(saved(transformers, "llama", rope_parameters=stretched))
+    ModelConfig.from_hf(
+        saved(transformers, "llama", rope_parameters=stretched | {"original_max_position_embeddings": 256})
+    )
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
     [

@@ -123,6 +123,11 @@ def grown(shape: ModelConfig, max_length: int, vocab_size: int) -> ModelConfig:
             f"rows of {max_length} tokens are longer than the {shape.max_position_embeddings} positions that the base has "
             "learned; lower --max_length"
         )
+    if (shape.rope_scaling or {}).get("rope_type") == "dynamic" and positions > shape.max_position_embeddings:
+        raise UserError(
+            f"rows of {max_length} tokens are longer than the {shape.max_position_embeddings} from which the base stretches its "
+            "rotary embeddings (dynamic), and no folder can say both; lower --max_length"
+        )
     return replace(shape, max_position_embeddings=positions, vocab_size=num_rows)
 
 
