@@ -4,6 +4,8 @@ import os
 
 import torch
 import torch._dynamo  # DDP imports it, as the last evaluation does the plots: each process would spend seconds on them
+import torch.distributed.fsdp  # and so with these where ranks share a model
+import torch.distributed.tensor
 
 import training.plots  # noqa: F401
 from tests import interpreter_bf16

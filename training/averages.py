@@ -83,9 +83,9 @@ def with_weights_to_use(method: Callable) -> Callable:
     """Inside this method of a run, its model has the weights that training is for: of schedule-free AdamW x, not y."""
 
     @functools.wraps(method)
-    def wrapped(run: Any, *args: Any) -> Any:
+    def wrapped(run: Any, *args: Any, **named: Any) -> Any:
         with weights_to_use(run.model, run.optimizers):
-            return method(run, *args)
+            return method(run, *args, **named)
 
     return wrapped
 
