@@ -127,9 +127,10 @@ def test_adapters_learn_and_are_merged(place, bits):
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
     theirs = peft.PeftModel.from_pretrained(base, place / run / "checkpoint_step_20")
     ours = load_pretrained(merged)
-    with torch.no_grad():  # the learning rate is high: what was learned makes logits of ten and more
+    # the learning rate is high, and fp32 products in oneDNN and in MKL differ: 5e-5 of the largest logit was seen
+    with torch.no_grad():
         expected = theirs(ids).logits
-        torch.testing.assert_close(ours.logits(ours(ids)), expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+        torch.testing.assert_close(ours.logits(ours(ids)), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
 
 
 NEW = [model for model in NEW_MODELS if model not in ENCODERS]
