@@ -24,7 +24,7 @@ def is_part(tensor: Tensor) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return any(is_part(parameter) for parameter in model.parameters()) or bool(_sharded_modules(model))
+    return bool(_sharded_modules(model))
 
 
 def gives_up_blocks(model: nn.Module) -> bool:

@@ -114,13 +114,9 @@ def save_checkpoint(
         temporary = temporary_path(save_dir, f"step_{step}")
         writer = Writer()
         try:
-            try:
-                temporary.mkdir()
-            except OSError as error:
-                writer.error = error
+            writer.make(temporary)
             entries = _write_files(temporary, small_files, weights, large_files, max_shard_bytes, writer)
-            if writer.error is not None:
-                raise writer.error
+            writer.raise_error()
             write_file(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "step": step, "files": entries})])
             fsync_folder(temporary)
             published = _publish(temporary, save_dir / f"checkpoint_step_{step}", entries)
@@ -149,6 +145,16 @@ class Writer:
 
     writes: bool = True
     error: OSError | None = None
+
+    def make(self, folder: Path) -> None:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            self.error = error
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
 
     def __call__(self, path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
         chunks = iter(chunks)
@@ -197,8 +203,8 @@ def write_weights(
     """model.safetensors, or shards of at most `max_shard_bytes` (a larger weight has its own) and their index, in `folder`.
 
     sizes: the bytes of each weight, in the model's order. build: the tensors of some weights; it is called for one shard
-    after another, so that no more than one is in memory. read: as in
-    `safetensors_chunks`, so that no more than a tensor is. Returns the entries of the manifest. Raises OSError.
+    after another, so that no more than one is in memory. read: as in `safetensors_chunks`, so that no more than a tensor is.
+    write: what writes a file. Returns the entries of the manifest. Raises OSError, if `write` does.
     """
     shards: list[list[str]] = [[]]
     shard_bytes = 0

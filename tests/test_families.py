@@ -124,13 +124,14 @@ def test_adapters_learn_and_are_merged(place, bits):
                 ours.logits(ours(ids)), expected, atol=1e-4 * expected.abs().max().item(), rtol=0
             )
         return
-    base = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
-    theirs = peft.PeftModel.from_pretrained(base, place / run / "checkpoint_step_20")
-    ours = load_pretrained(merged)
-    # the learning rate is high, and fp32 products in oneDNN and in MKL differ: 5e-5 of the largest logit was seen
-    with torch.no_grad():
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "base", experts_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(base, place / run / "checkpoint_step_20").double()
+    # both in float64: what is left is that the merged weights were rounded once, and not how fp32 products round here
+    ours = load_pretrained(merged, dtype=torch.float64)
+    with torch.no_grad():  # the learning rate is high: what was learned makes logits of ten and more
         expected = theirs(ids).logits
-        torch.testing.assert_close(ours.logits(ours(ids)), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+        found = ours.logits(ours(ids)).double()
+        torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
 
 
 NEW = [model for model in NEW_MODELS if model not in ENCODERS]

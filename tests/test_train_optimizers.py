@@ -217,9 +217,9 @@ def test_what_cannot_be_is_said_before_any_data_is_read(workshop):
         ("--schedule constant --min_lr_fraction 0.1", "--min_lr_fraction is for"),
         ("--ema 1", "--ema must lie between 0 and 1"),
         ("--layer_lr_decay 0", "--layer_lr_decay must lie above 0"),
-        ("--optimizer_file own.py:absent", "has no function absent"),
-        ("--optimizer_file own.py", "write FILE.py:FUNCTION"),
-        ("--optimizer_file nowhere.py:build", "there is no file nowhere.py"),
+        ("--optimizer_file own.py:absent", "defines no absent"),
+        ("--optimizer_file own.py", "write FILE:FUNCTION"),
+        ("--optimizer_file nowhere.py:build", "nowhere.py cannot be read (No such file or directory)"),
         ("--optimizer_file own.py:build --optimizer lion", "say one thing in two ways"),
     ):
         flags = f"--data_dir nowhere {words}".replace("own.py", str(workshop / "own.py")).split()

@@ -145,23 +145,17 @@ def build_model(
     shard: leaves this rank a part of every parameter. A model of which all weights learn is never whole on any rank; one that
     is put together of several parts is, in the host's memory, before it is shared out.
     """
-    plain: Transformer
     put_together = config.lora or config.stage in ("reward", "ppo") or task is not None or num_new_tokens > 0
-    spread = None if put_together else shard
-    if config.offload == "all" or (shard and put_together):
+    if shard and (put_together or config.offload == "all"):
         device = torch.device("cpu")
-    if config.stage == "reward" or task is not None:
-        assert base is not None
+    spread = None if put_together else shard
+    if base is None:
+        plain = _from_nothing(config, shape, kernels, device, spread, num_real_tokens, drawn=checkpoint is None)
+    elif config.stage == "reward" or task is not None:
+        plain = _with_head(config, base, task, kernels, device, precision)
+    else:
         dtype = precision.dtype if config.lora else torch.float32
-        if task is not None:
-            plain = TaskModel.from_pretrained(base, task, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
-        else:
-            plain = RewardModel.from_pretrained(base, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
-        if config.load_in_4bit:
-            quantise_layers(plain)
-    elif base is not None:
         frozen = "nf4" if config.load_in_4bit else None
-        dtype = precision.dtype if config.lora else torch.float32
         plain = load_base(base, dtype=dtype, quantise=frozen, device=device, spread=spread)
         # the run's rows may be longer than those that the base was trained on
         plain.config.max_position_embeddings = shape.max_position_embeddings
@@ -170,18 +164,6 @@ def build_model(
             if shape.vocab_size > plain.config.vocab_size:
                 grow_vocabulary(plain, shape.vocab_size)
             start_rows(plain, num_real_tokens - num_new_tokens, num_new_tokens)
-    else:
-        with torch.device("meta"):  # no memory is touched twice, however large the model
-            plain = Transformer(shape, kernels)
-        if spread:
-            spread(plain)
-        plain.to_empty(device=device)
-        if checkpoint is None:
-            plain.init_weights(
-                config.seed,
-                zero_residual=config.optimizer == "muon" and not config.optimizer_file,
-                num_real_tokens=num_real_tokens,
-            )
     plain.dropout = config.dropout
     if config.router_aux_loss_coef is not None:
         plain.config.router_aux_loss_coef = config.router_aux_loss_coef
@@ -197,6 +179,42 @@ def build_model(
         _load_parts(config, model, checkpoint)
     if shard and put_together:
         shard(model)
+    return model
+
+
+def _from_nothing(
+    config: TrainConfig, shape: ModelConfig, kernels: KernelChoice, device: torch.device,
+    spread: Callable[[nn.Module], None] | None, num_real_tokens: int, *, drawn: bool,
+) -> Transformer:  # fmt: skip
+    """A new model; drawn: with weights, which a checkpoint gives otherwise."""
+    with torch.device("meta"):  # no memory is touched twice, however large the model
+        model = Transformer(shape, kernels)
+    if spread:
+        spread(model)
+    model.to_empty(device=device)
+    if drawn:
+        zero_residual = config.optimizer == "muon" and not config.optimizer_file
+        model.init_weights(config.seed, zero_residual=zero_residual, num_real_tokens=num_real_tokens)
+    return model
+
+
+def _with_head(
+    config: TrainConfig,
+    base: Path,
+    task: Task | None,
+    kernels: KernelChoice,
+    device: torch.device,
+    precision: Precision,
+) -> Transformer:
+    """The base with the head of a task or, without one, of a reward model."""
+    dtype = precision.dtype if config.lora else torch.float32
+    model: Transformer
+    if task is not None:
+        model = TaskModel.from_pretrained(base, task, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
+    else:
+        model = RewardModel.from_pretrained(base, seed=config.seed, device=device, dtype=dtype, kernels=kernels)
+    if config.load_in_4bit:
+        quantise_layers(model)
     return model
 
 

@@ -4,11 +4,9 @@
 optimizers of them; a function in a user's own file may do so instead (`--optimizer_file`).
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from training.adafactor import ADAFACTOR
 from training.adamw8bit import ADAMW_8BIT
 from training.muon import Muon
 from training.update_rules import LION, SCHEDULE_FREE, SGD, ByRule, Group, Rule
+from training.user_code import read_optimizer
 
 
 @dataclass(frozen=True)
@@ -178,21 +177,8 @@ def state_bytes(name: str, role: str, parameter: Tensor) -> int:
 @cache  # a file is run once, however often options are looked at
 def load_builder(where: str) -> Builder:
     """The function that "FILE.py:FUNCTION" means; runs the file. Raises UserError."""
-    path, _, function = where.rpartition(":")
-    if not path.endswith(".py") or not function.isidentifier():
-        raise UserError(f"--optimizer_file {where}: write FILE.py:FUNCTION, such as my_optimizer.py:build")
-    if not Path(path).is_file():
-        raise UserError(f"--optimizer_file {where}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"optimizer_file_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--optimizer_file {where}: {path} cannot be run ({type(error).__name__}: {error})") from error
-    if not callable(builder := getattr(module, function, None)):
-        raise UserError(f"--optimizer_file {where}: {path} has no function {function}")
-    return builder
+    code, name = read_optimizer(where)
+    return code.run()[name]
 
 
 def _check_built(where: str, optimizers: list[Any], groups: list[Group]) -> None:

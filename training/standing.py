@@ -21,7 +21,7 @@ from errors import UserError
 from model import weight_files
 from training.config import TrainConfig
 from training.loading import find_base, find_model_or_adapter
-from training.user_code import read_hooks, read_loss
+from training.user_code import read_hooks, read_loss, read_optimizer
 
 Pins = dict[str, dict[str, str]]
 
@@ -66,16 +66,18 @@ def stand_on(
         said += words
         paths: dict[str, Any] = {name: pin["path"]}
         config = replace(config, **paths)
-    for name, files in {"hooks": config.hooks, "loss_file": [config.loss_file] if config.loss_file else []}.items():
+    functions = {name: [value] if (value := getattr(config, name)) else [] for name in ("loss_file", "optimizer_file")}
+    for name, files in {"hooks": config.hooks, **functions}.items():
         pins[name] = {path: _digest_code(name, path) for path in files}
         said += _changed_code(name, pins[name], before.get(name, {}), checkpoint)
     return config, pins, said
 
 
 def _digest_code(name: str, path: str) -> str:
-    """SHA-256 of a file of --hooks or --loss_file, without what it imports."""
-    code = read_hooks(path) if name == "hooks" else read_loss(path)[0]
-    return code.sha256
+    """SHA-256 of a file of the user's code, without what it imports."""
+    if name == "hooks":
+        return read_hooks(path).sha256
+    return (read_loss if name == "loss_file" else read_optimizer)(path)[0].sha256
 
 
 def _changed_code(name: str, now: dict[str, str], before: dict[str, str], checkpoint: Path | None) -> list[str]:

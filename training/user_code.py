@@ -111,13 +111,22 @@ def read_hooks(path: str) -> UserCode:
 
 def read_loss(spec: str) -> tuple[UserCode, str]:
     """The file of --loss_file FILE:FUNCTION and the function's name. UserError where the file has no such function."""
+    return _read_function("--loss_file", spec, "my_loss.py:loss", 3)
+
+
+def read_optimizer(spec: str) -> tuple[UserCode, str]:
+    """The file of --optimizer_file FILE:FUNCTION and the function's name. UserError where the file has no such function."""
+    return _read_function("--optimizer_file", spec, "my_optimizer.py:build", 2)
+
+
+def _read_function(flag: str, spec: str, example: str, parameters: int) -> tuple[UserCode, str]:
     path, colon, name = spec.rpartition(":")
     if not colon or not name.isidentifier():
-        raise UserError(f"--loss_file {spec}: write FILE:FUNCTION, as in my_loss.py:loss")
-    code = read_user_code("--loss_file", path)
+        raise UserError(f"{flag} {spec}: write FILE:FUNCTION, as in {example}")
+    code = read_user_code(flag, path)
     if name not in code.functions:
-        raise UserError(f"--loss_file {spec}: {path} defines no {name}{did_you_mean(name, code.functions)}")
-    code.refuse_unfit(name, 3)
+        raise UserError(f"{flag} {spec}: {path} defines no {name}{did_you_mean(name, code.functions)}")
+    code.refuse_unfit(name, parameters)
     return code, name
 
 

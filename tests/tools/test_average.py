@@ -1,6 +1,7 @@
 """Does `utils.py average` write the mean of checkpoints, in a folder that any tool opens, and refuse what has no mean?"""
 
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -154,7 +155,8 @@ def test_shards_of_a_large_model_are_averaged_too(run, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, root):
-    """Two folders of 40 tensors of 4 MB: the peak grows by less than one of them, pages of mapped files among it."""
+    """Two folders of 40 tensors of 4 MB: the peak grows by less than half of one of them. glibc gives every block back at once
+    here; by itself it keeps some, more of them at one time than at another."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for number, folder in enumerate(folders):
         folder.mkdir()
@@ -172,6 +174,7 @@ utils.main(["average", "--checkpoints", *sys.argv[1:3], "--output", sys.argv[3]]
 print(peak() - before)
 """
     command = [sys.executable, "-c", program, *folders, tmp_path / "out"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[-1]) < 160
+    gives_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, env=gives_back)
+    assert float(done.stdout.split()[-1]) < 60
     assert load_file(tmp_path / "out" / "model.safetensors")["w3"][0, 0] == 3.5

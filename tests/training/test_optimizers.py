@@ -168,7 +168,7 @@ def test_a_file_of_ones_own_builds_the_optimizer(own):
 @pytest.mark.parametrize(
     "where,words",
     [("half", "each must be in one group"), ("nothing", "must return a torch.optim.Optimizer"),
-     ("absent", "has no function absent")],
+     ("absent", "defines no absent")],
 )  # fmt: skip
 def test_a_file_that_builds_something_else_is_refused(own, where, words):
     with pytest.raises(UserError, match=words):
