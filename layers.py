@@ -102,8 +102,10 @@ class LayerNorm(nn.Module):
         return self.in_its_dtype(x).to(compute_dtype(x))
 
     def in_its_dtype(self, x: Tensor) -> Tensor:
-        """As RMSNorm's."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
+        """As RMSNorm's. Widened first: torch adds up a half-precision x's gradients of the weights in its precision."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x.to(wide), weight.shape, weight, bias, self.eps).to(x.dtype)
 
     def add(self, x: Tensor, update: Tensor | None, implementation: str) -> tuple[Tensor, Tensor]:
         """(norm of x + update, x + update); without an update, of x."""
