@@ -127,8 +127,8 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
 
     # ------------------------------------------------------------------------------------------------------------- data
     context = base_shape.max_position_embeddings if base_shape else None
-    data = open_stage_data(config, base, context, saved.get("data_order"), resumed_from)
-    check_data_order(saved.get("data_order", data.order), data.order, resumed_from)
+    data = open_stage_data(config, base, context, saved, resumed_from)
+    check_data_order(saved.get("data_order", data.order), data.order, resumed_from, saved.get("samples_consumed", 0))
     if config.counts_epochs(origins):
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
 

@@ -5,9 +5,11 @@ A pure function of (seed, t): no index, no shuffled copy, O(1) memory, O(1) resu
   1. samples come in blocks of 4096; block b and place j in it are t // 4096 and t % 4096
   2. each source owns a fixed number of places in every block, so that after any number of blocks its count differs from
      its weight's share by less than one sample (cumulative weights in 32-bit fixed point: exact integers at any t)
-  3. which places they are is a permutation of the block, keyed by (seed, b)
+  3. which places they are is a permutation of the block, keyed by (seed, b), and by a later mixture's number
   4. the source's samples are numbered i = 0, 1, 2, …; its epoch is i // windows and its place in the epoch i % windows
   5. the window is a permutation of the source's windows at that place, keyed by (seed, source, epoch)
+
+A mixture may give way to another at a sample: its blocks are counted from there, and each source goes on where it was.
 
 Ranks, micro-batches and accumulation do not enter: a run's position is one integer, the samples consumed.
 
@@ -15,8 +17,10 @@ Permutations of fewer than 4096 things are shuffles of a table since version 2. 
 which on so few bits is far from uniform; a run that began with it keeps its order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -90,33 +94,33 @@ class Samples:
     window: np.ndarray
 
 
+# from which sample on the sources are mixed by which weights
+Mixture = Sequence[tuple[int, Sequence[float]]]
+
+
 def locate(
-    first: int, count: int, *, num_windows: list[int], weights: list[float], seed: int, version: int = SAMPLER_VERSION
+    first: int, count: int, *, num_windows: list[int], weights: Sequence[float], seed: int, version: int = SAMPLER_VERSION,
+    later: Mixture = (),
 ) -> Samples:  # fmt: skip
     """Samples first … first+count-1 of a run over sources with `num_windows` windows each, mixed by `weights`.
 
+    later: mixtures that take over at a sample, ascending. A source goes on where it was, so its epochs stay whole.
     version: the one that the run began with.
     """
-    cumulative = np.cumsum(np.asarray(weights, dtype=np.float64)) / float(np.sum(weights))
-    bounds = [0, *(round(x * 2**_FIXED_POINT_BITS) for x in cumulative[:-1]), 2**_FIXED_POINT_BITS]
-
-    def samples_before(t: int) -> list[int]:
-        """How many of the first t samples each source has: exact, since Python's integers do not overflow."""
-        edges = [(bound * t) >> _FIXED_POINT_BITS for bound in bounds]
-        return [edges[k + 1] - edges[k] for k in range(len(num_windows))]
-
     sources, numbers = [], []
-    for block in range(first // BLOCK_SIZE, (first + count - 1) // BLOCK_SIZE + 1):
-        before, after = samples_before(block * BLOCK_SIZE), samples_before((block + 1) * BLOCK_SIZE)
-        owner = np.repeat(np.arange(len(num_windows)), np.subtract(after, before))
-        owner = owner[permute(np.arange(BLOCK_SIZE), BLOCK_SIZE, hash_key(seed, 0, block))]
-        number = np.empty(BLOCK_SIZE, dtype=np.int64)
-        for k in range(len(num_windows)):  # a source's own samples keep their order, so its epochs do not mix
-            number[owner == k] = np.arange(before[k], after[k])
-        start = max(first, block * BLOCK_SIZE) - block * BLOCK_SIZE
-        stop = min(first + count, (block + 1) * BLOCK_SIZE) - block * BLOCK_SIZE
-        sources.append(owner[start:stop])
-        numbers.append(number[start:stop])
+    drawn = np.zeros(len(num_windows), dtype=np.int64)  # of each source, before the mixture in hand
+    mixtures = [(0, weights), *later]
+    for index, (begin, mixed) in enumerate(mixtures):
+        end = mixtures[index + 1][0] if index + 1 < len(mixtures) else first + count
+        keys = (seed, 0) if index == 0 else (seed, 0, index)
+        start, stop = max(first, begin) - begin, min(first + count, end) - begin
+        if start < stop:
+            source, number = _mix(start, stop - start, mixed, keys)
+            sources.append(source)
+            numbers.append(number + drawn[source])
+        if end >= first + count:
+            break
+        drawn += _drawn_before(end - begin, mixed, keys)
     source, number = np.concatenate(sources), np.concatenate(numbers)
 
     windows_of = np.asarray(num_windows, dtype=np.int64)[source]
@@ -126,3 +130,53 @@ def locate(
         chosen = (source == k) & (epoch == e)
         window[chosen] = permute(place[chosen], num_windows[k], hash_key(seed, 1, k, e), version)
     return Samples(source, epoch, window)
+
+
+def passes(first: int, *, num_windows: int, weights: Sequence[float], later: Mixture = ()) -> float:
+    """How many times the first source's windows have been seen after `first` samples, as a fraction, by its share."""
+    mixtures = [(0, weights), *later, (first, weights)]
+    seen = 0.0
+    for (begin, mixed), (end, _) in pairwise(mixtures):
+        seen += max(0, min(end, first) - begin) * mixed[0] / sum(mixed)
+    return seen / num_windows
+
+
+def share_bounds(weights: Sequence[float]) -> list[int]:
+    """Where each source's share of all samples begins, and the last ends, in 32-bit fixed point: all that weights decide."""
+    cumulative = np.cumsum(np.asarray(weights, dtype=np.float64)) / float(np.sum(weights))
+    return [0, *(round(x * 2**_FIXED_POINT_BITS) for x in cumulative[:-1]), 2**_FIXED_POINT_BITS]
+
+
+def _mix(first: int, count: int, weights: Sequence[float], keys: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Of samples first … first+count-1 of one mixture: (source, its how many-th sample), int64 (count,) each."""
+    sources, numbers = [], []
+    for block in range(first // BLOCK_SIZE, (first + count - 1) // BLOCK_SIZE + 1):
+        before, owner = _block(block, weights, keys)
+        number = np.empty(BLOCK_SIZE, dtype=np.int64)
+        for k in range(len(weights)):  # a source's own samples keep their order, so its epochs do not mix
+            own = owner == k
+            number[own] = before[k] + np.arange(own.sum())
+        start = max(first, block * BLOCK_SIZE) - block * BLOCK_SIZE
+        stop = min(first + count, (block + 1) * BLOCK_SIZE) - block * BLOCK_SIZE
+        sources.append(owner[start:stop])
+        numbers.append(number[start:stop])
+    return np.concatenate(sources), np.concatenate(numbers)
+
+
+def _drawn_before(count: int, weights: Sequence[float], keys: tuple[int, ...]) -> np.ndarray:
+    """How many of the first `count` samples of a mixture each source has had, int64 (sources,)."""
+    before, owner = _block(count // BLOCK_SIZE, weights, keys)
+    return before + np.bincount(owner[: count % BLOCK_SIZE], minlength=len(weights))
+
+
+def _block(block: int, weights: Sequence[float], keys: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(how many samples each source has before the block, int64; which source owns each of its places)."""
+    bounds = share_bounds(weights)
+
+    def samples_before(t: int) -> np.ndarray:
+        """Exact, since Python's integers do not overflow."""
+        return np.diff([(bound * t) >> _FIXED_POINT_BITS for bound in bounds])
+
+    before, after = samples_before(block * BLOCK_SIZE), samples_before((block + 1) * BLOCK_SIZE)
+    owner = np.repeat(np.arange(len(weights)), after - before)
+    return before, owner[permute(np.arange(BLOCK_SIZE), BLOCK_SIZE, hash_key(*keys, block))]

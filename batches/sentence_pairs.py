@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from batches.micro_batch import IGNORE_INDEX, MicroBatch, pad_boundaries
-from batches.sampler import SAMPLER_VERSION, hash_key, locate
+from batches.sampler import SAMPLER_VERSION, Mixture, hash_key, locate, passes
 from dataprep.shards import TokenSplit
 from dataprep.tokenizers import Tokenizer
 from errors import UserError
@@ -62,7 +62,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class SentencePairs:
-    """The sources of a run, mixed by `weights`, as rows of at most `max_length` tokens. sampler: its version."""
+    """The sources of a run, mixed by `weights`, `later` on otherwise, as rows of at most `max_length` tokens."""
 
     sources: list[TokenSplit]
     weights: list[float]
@@ -72,6 +72,7 @@ class SentencePairs:
     sep_id: int
     pad_id: int
     sampler: int = SAMPLER_VERSION
+    later: Mixture = ()
 
     @property
     def room(self) -> int:
@@ -88,13 +89,13 @@ class SentencePairs:
 
     def epoch(self, first: int) -> float:
         """How many times the first source's windows have been seen after `first` samples (as a fraction)."""
-        return first * self.weights[0] / sum(self.weights) / self.num_windows(0)
+        return passes(first, num_windows=self.num_windows(0), weights=self.weights, later=self.later)
 
     def pairs(self, first: int, count: int) -> Iterator[Pair]:
         """The pairs of samples first … first+count-1."""
         sizes = [self.num_windows(source) for source in range(len(self.sources))]
         samples = locate(
-            first, count, num_windows=sizes, weights=self.weights, seed=self.seed, version=self.sampler
+            first, count, num_windows=sizes, weights=self.weights, seed=self.seed, version=self.sampler, later=self.later
         )  # fmt: skip
         places = zip(samples.source.tolist(), samples.window.tolist(), strict=True)
         for sample, (source, window) in enumerate(places, first):
@@ -228,9 +229,9 @@ def makes_pairs(split: TokenSplit, tokenizer: Tokenizer) -> bool:
 
 def open_sentence_pairs(
     splits: list[TokenSplit], weights: list[float], tokenizer: Tokenizer, *, max_length: int, seed: int,
-    sampler: int = SAMPLER_VERSION,
+    sampler: int = SAMPLER_VERSION, later: Mixture = (),
 ) -> SentencePairs:  # fmt: skip
-    """Pairs of opened splits, mixed by `weights` (empty: by their numbers of tokens). Raises UserError."""
+    """Pairs of opened splits, mixed by `weights` (empty: by their numbers of tokens), `later` on otherwise. UserError."""
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise UserError(
             "the tokenizer has no [CLS] and [SEP], which sentence pairs need; prepare the data with --tokenizer_type wordpiece, "
@@ -253,4 +254,5 @@ def open_sentence_pairs(
         sep_id=tokenizer.sep_token_id,
         pad_id=tokenizer.filler_id,
         sampler=sampler,
+        later=later,
     )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from batches.micro_batch import IGNORE_INDEX, MicroBatch, pad_boundaries
-from batches.sampler import SAMPLER_VERSION, locate
+from batches.sampler import SAMPLER_VERSION, Mixture, locate, passes
 from dataprep.shards import TokenSplit
 from dataprep.token_bytes import TokenBytes
 from errors import UserError
@@ -60,18 +60,22 @@ class Windows:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The sources of a run and how they are mixed. sampler: the version of batches/sampler.py that the run began with."""
+    """The sources of a run and how they are mixed: by `weights`, and `later` on otherwise.
+
+    sampler: the version of batches/sampler.py that the run began with.
+    """
 
     sources: list[Windows]
     weights: list[float]
     seed: int
     sampler: int = SAMPLER_VERSION
+    later: Mixture = ()
 
     def rows(self, first: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rows of samples first … first+count-1, as `Windows.row` gives them."""
         sizes = [len(source) for source in self.sources]
         samples = locate(
-            first, count, num_windows=sizes, weights=self.weights, seed=self.seed, version=self.sampler
+            first, count, num_windows=sizes, weights=self.weights, seed=self.seed, version=self.sampler, later=self.later
         )  # fmt: skip
         for source, window in zip(samples.source.tolist(), samples.window.tolist(), strict=True):
             yield self.sources[source].row(window)
@@ -83,7 +87,7 @@ class TrainingData:
 
     def epoch(self, first: int) -> float:
         """How many times the first source's windows have been seen after `first` samples (as a fraction)."""
-        return first * self.weights[0] / sum(self.weights) / len(self.sources[0])
+        return passes(first, num_windows=len(self.sources[0]), weights=self.weights, later=self.later)
 
     def micro_batches(
         self, first: int, batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
@@ -99,9 +103,9 @@ class TrainingData:
 
 def open_training_data(
     splits: list[TokenSplit], weights: list[float], *, max_length: int, stride: int, document_mask: bool, seed: int,
-    sampler: int = SAMPLER_VERSION,
+    sampler: int = SAMPLER_VERSION, later: Mixture = (),
 ) -> TrainingData:  # fmt: skip
-    """Windows over opened splits, mixed by `weights` (empty: by their numbers of tokens). Raises UserError."""
+    """Windows over opened splits, mixed by `weights` (empty: by their numbers of tokens), `later` on otherwise. UserError."""
     if stride >= max_length:
         raise UserError(f"--stride {stride} must be smaller than --max_length {max_length}: it is the rows' overlap")
     sources = [Windows(split, max_length, stride, document_mask) for split in splits]
@@ -111,7 +115,7 @@ def open_training_data(
                 f"the {source.split.split} split has {source.split.num_tokens:,} tokens, fewer than one row of --max_length "
                 f"{max_length} + 1; lower --max_length or prepare more text"
             )
-    return TrainingData(sources, weights or [float(split.num_tokens) for split in splits], seed, sampler)
+    return TrainingData(sources, weights or [float(split.num_tokens) for split in splits], seed, sampler, later)
 
 
 def evaluation_micro_batches(

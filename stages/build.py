@@ -26,7 +26,7 @@ from adapters.lora import adapter_settings
 from adapters.scalar_head import RewardModel, padding_files
 from batches.masking import Masking, masking_of
 from batches.packing import Sequence
-from batches.sampler import SAMPLER_VERSION
+from batches.sampler import SAMPLER_VERSION, Mixture
 from batches.sentence_pairs import SentencePairs, makes_pairs, open_sentence_pairs
 from batches.windows import TrainingData, Windows, open_training_data
 from checkpointing.save_folder import from_rank_0
@@ -60,6 +60,7 @@ from stages.tag import Tag
 from training.config import TrainConfig
 from training.examples_data import ExampleData, ExampleFeed
 from training.loading import find_base, read_shape
+from training.mixture import describe_mixtures, later_mixtures
 from training.plan import mask_probability
 from training.precision import Precision
 from training.standing import Pins
@@ -104,20 +105,21 @@ class StageData:
 
 
 def open_stage_data(
-    config: TrainConfig, base: Path | None, context: int | None, saved_order: dict | None = None,
+    config: TrainConfig, base: Path | None, context: int | None, saved: dict | None = None,
     checkpoint: Path | None = None,
 ) -> StageData:  # fmt: skip
     """The data of config.stage. base: the folder of the model that is trained on, context: the tokens it can take.
 
-    saved_order: `order` as the run that goes on has kept it, in `checkpoint`; None at the start of one.
+    saved: the state of `checkpoint`, from which a run goes on, with its data's order; {} or None at the start of one.
     """
+    saved_order = (saved or {}).get("data_order")
     # the order of a run that began before it had a version stays as it was
     sampler = SAMPLER_VERSION if saved_order is None else saved_order.get("sampler", 1)
     if config.on_text:
         text_order: dict = {}
         if config.train_file:
             config, text_order = with_prepared_text(config, base, context, saved_order or {}, checkpoint)
-        data = _open_shards(config, base, context, sampler)
+        data = _open_shards(config, base, context, sampler, later_mixtures(config, saved or {}))
         return replace(data, order=data.order | text_order)
     assert base is not None and context is not None, "fine-tuning starts from a model"
     if config.stage in TASKS:
@@ -167,7 +169,10 @@ def build_stage(
 # --------------------------------------------------------------------------------------------------------- pretraining
 
 
-def _open_shards(config: TrainConfig, base: Path | None, context: int | None, sampler: int) -> StageData:
+def _open_shards(
+    config: TrainConfig, base: Path | None, context: int | None, sampler: int, later: Mixture
+) -> StageData:
+    """The text of folders. later: when they are mixed otherwise (training/mixture.py)."""
     metadata = [load_metadata(folder) for folder in config.data_dir]
     for folder, one in zip(config.data_dir, metadata, strict=True):
         if one.options.get("format") in FORMATS:
@@ -180,11 +185,12 @@ def _open_shards(config: TrainConfig, base: Path | None, context: int | None, sa
     if len(tokenizer.encode(config.sample_prompt)) >= max_length:
         raise UserError(f"--sample_prompt leaves no room in rows of --max_length {max_length} tokens; shorten it")
     stride = config.stride if config.stride is not None else (0 if config.max_length else metadata[0].stride)
-    report: list[str] = []
-    train, held_out = _rows(config, tokenizer, max_length, stride, sampler, report)
+    report = describe_mixtures(config, later)
+    train, held_out = _rows(config, tokenizer, max_length, stride, sampler, later, report)
     order = {
-        "fingerprints": [m.fingerprint for m in metadata], "weights": train.weights, "max_length": max_length,
-        "stride": stride, "document_mask": config.document_mask, "seed": config.seed, "sampler": sampler,
+        "fingerprints": [m.fingerprint for m in metadata], "weights": train.weights, "data_stages": [list(one) for one in later],
+        "max_length": max_length, "stride": stride, "document_mask": config.document_mask, "seed": config.seed,
+        "sampler": sampler,
     }  # fmt: skip
     masking = None
     if config.stage == "mlm":
@@ -213,7 +219,13 @@ def _open_shards(config: TrainConfig, base: Path | None, context: int | None, sa
 
 
 def _rows(
-    config: TrainConfig, tokenizer: Tokenizer, max_length: int, stride: int, sampler: int, report: list[str]
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    max_length: int,
+    stride: int,
+    sampler: int,
+    later: Mixture,
+    report: list[str],
 ) -> tuple[TrainingData | SentencePairs, Windows | SentencePairs | None]:
     """Of the text: windows, or with --next_sentence pairs of parts; those to learn from, and those held out."""
     splits, held_out = (
@@ -224,10 +236,11 @@ def _rows(
         train = open_training_data(
             splits, config.data_weights,
             max_length=max_length, stride=stride, document_mask=config.document_mask, seed=config.seed, sampler=sampler,
+            later=later,
         )  # fmt: skip
         return train, Windows(held_out, max_length, 0, config.document_mask)
     pairs = open_sentence_pairs(
-        splits, config.data_weights, tokenizer, max_length=max_length, seed=config.seed, sampler=sampler
+        splits, config.data_weights, tokenizer, max_length=max_length, seed=config.seed, sampler=sampler, later=later
     )
     if not makes_pairs(held_out, tokenizer):
         report.append("nothing is evaluated: no two documents are held out of which pairs can be made")

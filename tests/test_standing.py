@@ -219,8 +219,11 @@ def test_a_run_goes_on_with_the_shipped_template_that_it_began_with(bare_tokeniz
     (tmp_path / "checkpoint" / "chat_template.jinja").write_text(earlier)
     kept = {"template": template_digest(ChatTemplate("", earlier))}
     config = TrainConfig(stage="sft", init_from="x", train_data=[str(tmp_path / "chat.jsonl")], eval_fraction=0)
-    again = open_stage_data(config, tmp_path, 64, kept, tmp_path / "checkpoint")
+    again = open_stage_data(config, tmp_path, 64, {"data_order": kept}, tmp_path / "checkpoint")
     assert again.order["template"] == kept["template"] and again.files["chat_template.jinja"] == earlier.encode()
     assert open_stage_data(config, tmp_path, 64).order["template"] == template_digest(ChatTemplate("", CHATML))
     (tmp_path / "checkpoint" / "chat_template.jinja").write_text(earlier + " ")
-    assert open_stage_data(config, tmp_path, 64, kept, tmp_path / "checkpoint").order["template"] != kept["template"]
+    assert (
+        open_stage_data(config, tmp_path, 64, {"data_order": kept}, tmp_path / "checkpoint").order["template"]
+        != kept["template"]
+    )

@@ -112,18 +112,49 @@ class DataOptions:
     train_file: list[str] = option("files of raw text, or folders of them, in place of --data_dir: prepared into --save_dir/data before the first step, once, as data_prep_tool.py would", [], read_by=TEXT)
     val_file: list[str] = option("files of raw text to evaluate on (default: held out of --train_file, as data_prep_tool.py does)", [], read_by=TEXT_FILES)
     tokenizer: str | None = option("of --train_file: gpt2, llama (Llama 3's), bert (uncased), or a folder with a tokenizer.json (default: a byte-level BPE trained on it, with --vocab_size ids or as many as suit its length)", None, read_by=(TEXT_FILES, NEW))
-    data_weights: list[float] = option("share of the samples drawn from each --data_dir (default: by their number of tokens)", [], bound=POSITIVE, read_by=TEXT)
+    data_weights: list[float] = option("share of the samples drawn from each --data_dir (default: by their number of tokens)", [], bound=NOT_NEGATIVE, read_by=TEXT)
+    data_stages: list[str] = option("STEP:WEIGHTS, other shares from a step on, such as 8000:0.5,0.5 9500:0,1; in the order of --data_dir. A run that goes on may be given further ones, and further folders", [], read_by=TEXT)
     max_length: int | None = option("tokens in a row (default: what the data was prepared with)", None, bound=POSITIVE)
     stride: int | None = option("overlap of neighbouring rows in tokens (default: what the data was prepared with; 0 when --max_length is given)", None, bound=NOT_NEGATIVE, read_by=WINDOWS)
     document_mask: bool = option("documents packed into one row do not see each other", True, read_by=WINDOWS)
 
     def check_data(self) -> None:
-        """UserError for weights that are not one for each folder."""
+        """UserError for weights that are not one for each folder, or steps that are not in order."""
         if self.data_weights and len(self.data_weights) != len(self.data_dir):
             raise UserError(
                 f"--data_weights has {len(self.data_weights)} values for {len(self.data_dir)} folders in --data_dir; "
                 "give one for each, or none"
             )
+        if self.data_weights and not any(self.data_weights):
+            raise UserError("--data_weights are all 0: nothing would be drawn")
+        stages = self.data_stages_by_step
+        for (step, weights), text in zip(stages, self.data_stages, strict=True):
+            if len(weights) != len(self.data_dir):
+                raise UserError(
+                    f"--data_stages {text} has {len(weights)} weights for {len(self.data_dir)} folders in --data_dir"
+                )
+            if step < 1 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+                raise UserError(f"--data_stages {text}: the step is 1 or more, weights are not negative and not all 0")
+        for number, folder in enumerate(self.data_dir if self.data_weights else ()):
+            if not self.data_weights[number] and not any(weights[number] for _, weights in stages):
+                raise UserError(f"--data_dir {folder} has the weight 0 throughout: leave it out, or draw from it in --data_stages")
+        steps = [step for step, _ in stages]
+        if steps != sorted(set(steps)):
+            raise UserError(f"--data_stages {' '.join(self.data_stages)}: give steps in ascending order, each once")
+
+    @property
+    def data_stages_by_step(self) -> list[tuple[int, list[float]]]:
+        """As `parse_data_stages` gives them."""
+        return parse_data_stages(self.data_stages)
+
+
+def parse_data_stages(texts: list[str]) -> list[tuple[int, list[float]]]:
+    """(first step, weights) of each of --data_stages. UserError for what is not written so."""
+    try:
+        parts = [text.partition(":") for text in texts]
+        return [(int(step), [float(weight) for weight in weights.split(",")]) for step, _, weights in parts]
+    except ValueError:
+        raise UserError(f"--data_stages {' '.join(texts)}: write STEP:WEIGHTS, such as 8000:0.5,0.5") from None
 
 
 @dataclass

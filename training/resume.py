@@ -8,6 +8,7 @@ from checkpointing.load import load_state, resolve_checkpoint
 from checkpointing.save_folder import list_checkpoints
 from errors import UserError
 from training.config import TrainConfig
+from training.mixture import check_mixture
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
@@ -52,11 +53,12 @@ _FLAGS = {
 }  # fmt: skip
 
 
-def check_data_order(saved: dict, now: dict, checkpoint: Path | None) -> None:
-    """UserError when a resumed run would see other samples than the run it continues.
+def check_data_order(saved: dict, now: dict, checkpoint: Path | None, samples: int = 0) -> None:
+    """UserError when a resumed run would have seen other samples than the run it continues, which has consumed `samples`.
 
     What a checkpoint of an older version does not know is not checked.
     """
+    saved = check_mixture(saved, now, samples)
     for name, value in now.items():
         if name in saved and saved[name] != value:
             flag = _FLAGS.get(name, f"--{name}")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches.sampler import BLOCK_SIZE, hash_key, locate, permute
+from batches.sampler import BLOCK_SIZE, hash_key, locate, passes, permute
 
 OLD_ORDERS = {
     (5, 7): [2, 3, 4, 1, 0],
@@ -98,3 +98,40 @@ def test_version_1_is_the_cipher_at_every_size():
     assert old == OLD_ORDERS["locate"] != locate(0, 12, num_windows=[4], weights=[1.0], seed=0).window.tolist()
     large = np.arange(5000)
     assert np.array_equal(permute(large, 5000, 7, version=1), permute(large, 5000, 7))
+
+
+LATER = [(5000, [0.2, 0.8, 0.0]), (9001, [0.0, 0.5, 0.5])]
+
+
+def test_a_later_mixture_begins_at_its_sample_and_every_source_goes_on_where_it_was():
+    first, sizes = [0.9, 0.1, 0.0], [3001, 2003, 500]
+    samples = locate(0, 15_000, num_windows=sizes, weights=first, seed=4, later=LATER)
+    bounds, mixtures = [0, 5000, 9001, 15_000], [first, *(weights for _, weights in LATER)]
+    for begin, end, weights in zip(bounds, bounds[1:], mixtures, strict=False):
+        counts = np.bincount(samples.source[begin:end], minlength=3)
+        # a mixture's last block is cut short: what a shuffled part of it has is off by its places' spread
+        assert np.abs(counts - np.array(weights) * (end - begin)).max() < 5 * np.sqrt(BLOCK_SIZE / 4)
+        assert not counts[np.array(weights) == 0].any()
+    for source, size in enumerate(sizes):
+        own, epochs = samples.window[samples.source == source], samples.epoch[samples.source == source]
+        assert np.array_equal(epochs, np.arange(len(own)) // size)
+        for epoch in range(len(own) // size):
+            assert np.array_equal(np.sort(own[epochs == epoch]), np.arange(size))
+    before = locate(0, 5000, num_windows=sizes, weights=first, seed=4)
+    for name in ("source", "epoch", "window"):
+        assert np.array_equal(getattr(samples, name)[:5000], getattr(before, name))
+
+
+@pytest.mark.parametrize("first", [0, 4990, 8990, 14_000])
+def test_any_part_of_a_changing_order_can_be_read_alone(first):
+    settings = {"num_windows": [70, 30, 20], "weights": [1.0, 1.0, 0.0], "seed": 2, "later": LATER}
+    whole = locate(0, 15_000, **settings)
+    for count in (1, 30, 1000):
+        part = locate(first, count, **settings)
+        for name in ("source", "epoch", "window"):
+            assert np.array_equal(getattr(part, name), getattr(whole, name)[first : first + count])
+
+
+def test_passes_are_counted_by_each_mixtures_share():
+    settings = {"num_windows": 1000, "weights": [3.0, 1.0], "later": [(4000, [0.0, 1.0]), (6000, [0.5, 0.5])]}
+    assert [passes(first, **settings) for first in (2000, 5000, 8000)] == [1.5, 3.0, 4.0]
