@@ -93,7 +93,7 @@ def run_stage(
         save_folder.clean(save_dir)
         run = build_run(given, ranks, from_file)
         start_step, stop = run.step, StopRequest()
-        with failures_recorded(run):
+        with failures_recorded(run), run.saves.finished_alone(run):
             loop(run, stop)
         finished = run.step >= run.config.max_steps or run.hooks.stop
         if run.step > start_step or run.hooks.stop:
@@ -203,7 +203,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
     first = next(batches)
     settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
     clock = Clock()
-    start_step, save_due = run.step, False
+    start_step = run.step
     for step, micro_batches in zip(
         range(start_step, config.max_steps), clock.timed(chain([first], batches)), strict=False
     ):
@@ -215,7 +215,6 @@ def loop(run: "Run", stop: StopRequest) -> None:
         clock.tokens += run.step_tokens
         done, last = step + 1, step + 1 == config.max_steps
         # rollouts are drawn with the weights at the start of their phase, so only there can a run be gone on from exactly
-        save_due |= done % config.resolved_save_interval == 0
         between_phases = done % config.steps_per_phase == 0
         extra = run.hooks.step(run, metrics, grad_norm)
         stopping = (stopping or run.hooks.stop) and between_phases
@@ -229,9 +228,9 @@ def loop(run: "Run", stop: StopRequest) -> None:
         if to_log or done % CHECK_INTERVAL == 0:
             run.give_up_if_diverged(done)
         with clock.paused():
-            if last or stopping or ((save_due or run.hooks.save) and between_phases):
+            run.saves.after_step(run, done)
+            if last or stopping or ((run.saves.due or run.hooks.save) and between_phases):
                 run.save(done)  # before evaluating: an evaluation that fails must not cost the steps before it
-                save_due = False
             if last or ((config.evaluates_after(done) or run.hooks.evaluate) and not stopping):
                 run.evaluate(done, last)
             stopping |= run.hooks.stop and between_phases  # as on_evaluate may ask
@@ -239,6 +238,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
                 run.save(done)
         if stopping:
             break
+    run.saves.end(run)
     run.hooks.finish(run)
 
 
@@ -296,7 +296,8 @@ class Run:
         would move them by as much as a step that learns.
         """
         weight, tokens = (float(sum(getattr(b, name) for b in micro_batches)) for name in ("weight", "num_tokens"))
-        total_weight, tokens, stops = self.ranks.sum([weight, tokens, float(stop_here)])
+        total_weight, tokens, stops, *news = self.ranks.sum([weight, tokens, float(stop_here), *self.saves.news()])
+        self.saves.hear(news)
         metrics = self.backward(micro_batches, max(1.0, total_weight))
         grad_norm = self.update_weights(lr_factor) if total_weight else None
         for optimizer in self.optimizers:
@@ -337,6 +338,7 @@ class Run:
         if sentence := self.stage.unscored.sentence():
             if step not in (0, self.saves.step):
                 self.save(step)  # what was learned before
+                self.saves.settle(self)
             raise UserError(sentence)
         self.stage.unscored.alert = None
 

@@ -3,7 +3,7 @@
     def on_start(state)         before the first step of each start, also where a run goes on
     def on_step(state)          after each optimizer step
     def on_evaluate(state)      after each evaluation, before its figures are logged
-    def on_checkpoint(state)    after each checkpoint that was written
+    def on_checkpoint(state)    after each checkpoint that was written; with --async_checkpoint some steps later
     def on_finish(state)        when the run has come to its end or was stopped
 
 Any of them, in one file or several, which are called in the order in which they are named. They run on every rank. What they
