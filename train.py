@@ -13,7 +13,6 @@ The story, top to bottom: read the options, open the data, print the plan, build
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -27,9 +26,7 @@ from torch import Tensor, nn
 from arguments import ArgumentParser
 from batches.micro_batch import MicroBatch
 from checkpointing import save_folder
-from checkpointing.save import mark_best, save_checkpoint
 from checkpointing.tensors import set_rng_state
-from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError, run_script
 from generation.sampling import stream_text
 from kernels.attention_backends import describe_attention
@@ -43,21 +40,20 @@ from stages.ppo import PPO
 from tools.run_plan import run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, resolve_config
-from training.description import describe_run, git_commit, next_command, versions
+from training.description import describe_run, next_command
 from training.hooks import Hooks, load_hooks
-from training.loading import build_model, checkpoint_parts, make_ema, make_optimizers, read_base_shape, reward_adapter
+from training.loading import build_model, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
 from training.numerics import choose_numerics, machine_lines
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets, sharding_of
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
 from training.precision import LossScaler, Precision
 from training.resume import check_data_order, find_checkpoint
-from training.run_files import read_history
+from training.saving import Saves
 from training.stage_plan import check_plan, read_as, read_plan
 from training.standing import Pins, stand_on
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
-MAX_FAILED_SAVES = 3
 CHECK_INTERVAL = 10  # steps between looks at the device-side count of bad steps, where no log line looks anyway
 
 
@@ -97,7 +93,7 @@ def run_stage(
         save_folder.clean(save_dir)
         run = build_run(given, ranks, from_file)
         start_step, stop = run.step, StopRequest()
-        with failures_recorded(run):
+        with failures_recorded(run), run.saves.finished_alone(run):
             loop(run, stop)
         finished = run.step >= run.config.max_steps or run.hooks.stop
         if run.step > start_step or run.hooks.stop:
@@ -175,7 +171,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     return Run(
         config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, hooks, start_step, samples,
         tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0), ema=ema,
-        learning_rate=saved.get("learning_rate", 0.0), checkpoint=resumed_from,
+        learning_rate=saved.get("learning_rate", 0.0), saves=Saves(newest=resumed_from),
     )  # fmt: skip
 
 
@@ -207,7 +203,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
     first = next(batches)
     settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
     clock = Clock()
-    start_step, save_due = run.step, False
+    start_step = run.step
     for step, micro_batches in zip(
         range(start_step, config.max_steps), clock.timed(chain([first], batches)), strict=False
     ):
@@ -219,7 +215,6 @@ def loop(run: "Run", stop: StopRequest) -> None:
         clock.tokens += run.step_tokens
         done, last = step + 1, step + 1 == config.max_steps
         # rollouts are drawn with the weights at the start of their phase, so only there can a run be gone on from exactly
-        save_due |= done % config.resolved_save_interval == 0
         between_phases = done % config.steps_per_phase == 0
         extra = run.hooks.step(run, metrics, grad_norm)
         stopping = (stopping or run.hooks.stop) and between_phases
@@ -233,16 +228,17 @@ def loop(run: "Run", stop: StopRequest) -> None:
         if to_log or done % CHECK_INTERVAL == 0:
             run.give_up_if_diverged(done)
         with clock.paused():
-            if last or stopping or ((save_due or run.hooks.save) and between_phases):
+            run.saves.after_step(run, done)
+            if last or stopping or ((run.saves.due or run.hooks.save) and between_phases):
                 run.save(done)  # before evaluating: an evaluation that fails must not cost the steps before it
-                save_due = False
             if last or ((config.evaluates_after(done) or run.hooks.evaluate) and not stopping):
                 run.evaluate(done, last)
             stopping |= run.hooks.stop and between_phases  # as on_evaluate may ask
-            if (stopping or (run.hooks.save and between_phases)) and run.saved_step != done:
+            if (stopping or (run.hooks.save and between_phases)) and run.saves.step != done:
                 run.save(done)
         if stopping:
             break
+    run.saves.end(run)
     run.hooks.finish(run)
 
 
@@ -269,10 +265,7 @@ class Run:
     step_tokens: int = 0  # of the last step, over all ranks
     empty_steps: int = 0  # of which no rank had anything to learn
     learning_rate: float = 0.0  # of the last step
-    saved_step: int | None = None
-    checkpoint: Path | None = None  # the newest that was read or written
-    failed_saves: int = 0
-    best_loss: float | None = None
+    saves: Saves = field(default_factory=Saves)
     ema: Ema | None = None  # average of the weights
     bad_steps: Tensor = field(init=False)  # in a row, counted on the device
 
@@ -303,7 +296,8 @@ class Run:
         would move them by as much as a step that learns.
         """
         weight, tokens = (float(sum(getattr(b, name) for b in micro_batches)) for name in ("weight", "num_tokens"))
-        total_weight, tokens, stops = self.ranks.sum([weight, tokens, float(stop_here)])
+        total_weight, tokens, stops, *news = self.ranks.sum([weight, tokens, float(stop_here), *self.saves.news()])
+        self.saves.hear(news)
         metrics = self.backward(micro_batches, max(1.0, total_weight))
         grad_norm = self.update_weights(lr_factor) if total_weight else None
         for optimizer in self.optimizers:
@@ -342,8 +336,9 @@ class Run:
         if self.stage.unscored.alert:
             self.log.event(step, "alert", f"step {step:,}: {self.stage.unscored.alert}")
         if sentence := self.stage.unscored.sentence():
-            if step not in (0, self.saved_step):
+            if step not in (0, self.saves.step):
                 self.save(step)  # what was learned before
+                self.saves.settle(self)
             raise UserError(sentence)
         self.stage.unscored.alert = None
 
@@ -362,42 +357,7 @@ class Run:
 
     @with_weights_to_use
     def save(self, step: int) -> None:
-        self.hooks.save = False
-        self.log.status("saving", step)
-        state = {
-            "options": dataclasses.asdict(self.config),
-            "samples_consumed": self.samples,
-            "tokens_consumed": self.tokens,
-            "data_order": self.data.order,
-            "stands_on": self.stands_on,
-            "hooks": self.hooks.for_checkpoint(),
-            "scaler": self.scaler.state(),
-            "stage": self.stage.state() if isinstance(self.stage, (GRPO, PPO)) else {},
-            "empty_steps": self.empty_steps,
-            "learning_rate": self.learning_rate,
-            "versions": versions(),
-            "git_commit": git_commit(),
-        }
-        folder = self.data.tokenizer_folder
-        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
-        files |= self.data.files
-        result = save_checkpoint(
-            self.config.save_dir, step, model=self.model, optimizers=self.optimizers, state=state, files=files,
-            keep_checkpoints=self.config.keep_checkpoints, stop_ids=self.data.stop_ids,
-            **checkpoint_parts(self.config, self.model, self.ema),
-        )  # fmt: skip
-        if result.ok:
-            self.failed_saves, self.saved_step, self.checkpoint = 0, step, result.path
-            self.log.event(step, "save", f"saved {result.path}" + (f" ({result.message})" if result.message else ""))
-            self.hooks.call("on_checkpoint", self)
-            return
-        self.failed_saves += 1
-        self.log.event(
-            step, "alert", f"step {step:,} could not be saved: {result.message}; earlier checkpoints are untouched"
-        )
-        if self.failed_saves >= MAX_FAILED_SAVES or step == self.config.max_steps:
-            self.log.status("failed", step, result.message)
-            raise UserError(f"step {step} could not be saved to {self.config.save_dir}: {result.message}")
+        self.saves.save(self, step)
 
     @with_weights_to_use
     def evaluate(self, step: int, last: bool) -> None:
@@ -409,7 +369,7 @@ class Run:
         if row := figures | self.hooks.call("on_evaluate", self, figures):
             self.log.evaluation(step, seconds, row)
         if (val_loss := figures.get("val_loss")) is not None:
-            self.mark_if_best(step, val_loss)
+            self.saves.mark_if_best(self, step, val_loss)
         if self.config.sample_prompt:
             self.log.status("sampling", step)
             with gathered(self.model):
@@ -431,19 +391,6 @@ class Run:
                 max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=self.config.seed,
             )  # fmt: skip
             self.log.sample(step, self.config.sample_prompt, "".join(text))
-
-    def mark_if_best(self, step: int, loss: float) -> None:
-        """Point `best` at this step's checkpoint if no evaluation of this run was lower. Every rank calls it."""
-        is_best = False
-        if self.ranks.is_main:
-            if self.best_loss is None:  # of an earlier part of this run; the row of this step is already among them
-                earlier = [row["val_loss"] for row in read_history(self.config.save_dir).evals if row["step"] != step]
-                self.best_loss = min((value for value in earlier if value is not None), default=math.inf)
-            checkpoint = Path(self.config.save_dir) / f"checkpoint_step_{step}"
-            is_best = loss < self.best_loss and checkpoint.is_dir()
-        if self.ranks.sum([float(is_best)])[0]:
-            self.best_loss = loss
-            mark_best(self.config.save_dir, Path(self.config.save_dir) / f"checkpoint_step_{step}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from adapters.lora import (
     target_names,
 )
 from adapters.token_rows import token_rows, vocabulary_layers, write_rows
-from checkpointing.safetensors_writer import safetensors_chunks, write_file
+from checkpointing.safetensors_writer import TensorFile, write_file
 from checkpointing.save_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from errors import UserError
 from families.names import FAMILIES
@@ -117,7 +117,7 @@ def peft_files(model: nn.Module, name: str, base_model: str | None) -> dict[str,
     metadata = {"format": "pt", _LEARNED_OVER: "nf4" if is_quantised(model) else "full"}
     return {
         ADAPTER_CONFIG: [json_bytes(adapter_config(model, name, base_model))],
-        ADAPTER_WEIGHTS: safetensors_chunks(adapter_state(model, name), metadata),
+        ADAPTER_WEIGHTS: TensorFile(adapter_state(model, name), metadata),
     }
 
 

@@ -11,6 +11,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,6 +61,17 @@ def safetensors_chunks(
         flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data
+
+
+@dataclass
+class TensorFile:
+    """A safetensors file that is to be written: its bytes piece by piece, each time that it is gone through."""
+
+    tensors: dict[str, Tensor]  # on any device, of sharded models too
+    metadata: dict[str, str]
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        return safetensors_chunks(self.tensors, self.metadata)
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:

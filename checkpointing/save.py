@@ -15,14 +15,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpointing.safetensors_writer import safetensors_chunks, write_file
+from checkpointing.background import HostRoom, InFlight
+from checkpointing.safetensors_writer import TensorFile, safetensors_chunks, write_file
 from checkpointing.save_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -66,7 +68,86 @@ class SaveResult:
     message: str = ""
 
 
-def save_checkpoint(
+@dataclass
+class Checkpoint:
+    """What one checkpoint is to hold, its tensors those that training works with; nothing of it is on the disk yet."""
+
+    save_dir: Path
+    step: int
+    small_files: dict[str, bytes]
+    weights: dict[str, Tensor]
+    large_files: Files
+    keep_checkpoints: int | None
+    max_shard_bytes: int
+    in_parts: bool  # whether each rank holds a part of its tensors
+
+    def write(self) -> SaveResult:
+        """Publish it. Every rank calls it; rank 0 writes; every rank gets the same result.
+
+        What the ranks hold parts of is put together tensor by tensor, so that none has all of it in memory. A storage
+        error (no space, quota, folder gone) never raises: the result says why, and nothing is left behind. A whole
+        checkpoint of this step with the same weights and optimizer state stays as it is, and the result is ok; any other
+        one of this step gives way.
+        """
+        if not self.in_parts:
+            return from_rank_0(self._publish)
+        if dist.get_rank() == 0:
+            result = self._publish()
+        else:  # go through the tensors as rank 0 does, which then has each of them whole in its turn
+            self._write_files(self.save_dir, Writer(writes=False))
+        return from_rank_0(lambda: result)
+
+    def start_writing(self, room: HostRoom) -> InFlight[SaveResult]:
+        """The same by a thread of rank 0, from copies of all tensors in `room`: they may change as soon as this returns.
+
+        Every rank calls it. What it comes to is what `write` would have returned.
+        """
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        if not (writes or self.in_parts):
+            return InFlight(None)
+        files = {name: file for name, file in self.large_files.items() if isinstance(file, TensorFile)}
+        groups = [self.weights, *(file.tensors for file in files.values())]
+        weights, *others = room.copies(groups, keep=writes)
+        copied = {
+            name: TensorFile(tensors, file.metadata)
+            for (name, file), tensors in zip(files.items(), others, strict=True)
+        }
+        frozen = replace(self, weights=weights, large_files={**self.large_files, **copied})
+        return InFlight(frozen._publish if writes else None)
+
+    def _publish(self) -> SaveResult:
+        temporary = temporary_path(self.save_dir, f"step_{self.step}")
+        writer = Writer()
+        try:
+            writer.make(temporary)
+            entries = self._write_files(temporary, writer)
+            writer.raise_error()
+            write_file(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "step": self.step, "files": entries})])
+            fsync_folder(temporary)
+            published = _rename(temporary, self.save_dir / f"checkpoint_step_{self.step}", entries)
+        except OSError as error:
+            return SaveResult(False, None, _storage_message(error, self.save_dir, self._num_bytes()))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return SaveResult(True, published, _after_publishing(self.save_dir, published, self.keep_checkpoints))
+
+    def _write_files(self, folder: Path, writer: "Writer") -> dict[str, dict]:
+        """All files but the manifest, whose entries it returns."""
+        entries = {name: writer(folder / name, [data]) for name, data in self.small_files.items()}
+        if self.weights:
+            sizes = {name: tensor.nbytes for name, tensor in self.weights.items()}
+            entries |= write_weights(
+                folder, sizes, lambda names: {n: self.weights[n] for n in names}, self.max_shard_bytes, writer
+            )
+        return entries | {name: writer(folder / name, chunks) for name, chunks in self.large_files.items()}
+
+    def _num_bytes(self) -> int:
+        """Of all tensors."""
+        files = [file.tensors for file in self.large_files.values() if isinstance(file, TensorFile)]
+        return sum(tensor.nbytes for tensors in (self.weights, *files) for tensor in tensors.values())
+
+
+def collect(
     save_dir: str | os.PathLike,
     step: int,
     *,
@@ -80,60 +161,36 @@ def save_checkpoint(
     adapter: Files | None = None,
     beside: Files | None = None,
     stop_ids: Sequence[int] = (),
-) -> SaveResult:
-    """Publish `save_dir/checkpoint_step_{step}`. Every rank calls it; rank 0 writes; every rank gets the same result.
+) -> Checkpoint:
+    """What `save_dir/checkpoint_step_{step}` is to hold. Every rank calls it.
 
-    `model` may be wrapped in DDP, sharded, and compiled in place; it has `.config.to_hf()`. What the ranks hold parts of is
-    put together tensor by tensor, so that none has all of it in memory. `state` is what the loop wants back from
-    `load_state`: JSON values, without the names that are added here: format, step, world_size, rng. `files` are further
-    files by name, such as the tokenizer's. The newest `keep_checkpoints` whole checkpoints are kept (0 or None: all), and
-    always the one just written and the one `best` points to.
+    `model` may be wrapped in DDP, sharded, and compiled in place; it has `.config.to_hf()`. `state` is what the loop wants
+    back from `load_state`: JSON values, without the names that are added here: format, step, world_size, rng. `files` are
+    further files by name, such as the tokenizer's. The newest `keep_checkpoints` whole checkpoints are kept (0 or None:
+    all), and always the one just written and the one `best` points to.
 
     part: the module in `model` that config.json and the weights are of (default: all of it). adapter: files of a PEFT
     folder, which are written in place of these, whose weights are frozen and lie elsewhere. beside: further large files,
     such as a critic's weights. stop_ids: what ends an answer, beside the model's own end of text: for transformers'
-    `generate`, which reads generation_config.json.
-
-    A storage error (no space, quota, folder gone) never raises: the result says why, and nothing is left behind.
-    A whole checkpoint of this step with the same weights and optimizer state stays as it is, and the result is ok; any
-    other one of this step gives way. Raises ValueError for a `state` or `files` that cannot be written.
+    `generate`, which reads generation_config.json. Raises ValueError for a `state` or `files` that cannot be written.
     """
-    save_dir = Path(save_dir)
     inner = part or model
-    weights = model_tensors(inner) if adapter is None else {}
-    optimizer_state = optimizer_tensors(model, optimizers)
     config = unwrap(inner).config.to_hf() if adapter is None or stop_ids else None
     small_files = _small_files(step, state, files, config if adapter is None else None)
     if config is not None:
         small_files[GENERATION_CONFIG] = _json_bytes(_generation_config(config, stop_ids))
-
     described = {"format": "pt", "optimizers": optimizer_names(optimizers)}
-    large_files = {**(adapter or {}), **(beside or {}), OPTIMIZER: safetensors_chunks(optimizer_state, described)}
+    optimizer_state = TensorFile(optimizer_tensors(model, optimizers), described)
+    return Checkpoint(
+        Path(save_dir), step, small_files, weights=model_tensors(inner) if adapter is None else {},
+        large_files={**(adapter or {}), **(beside or {}), OPTIMIZER: optimizer_state}, keep_checkpoints=keep_checkpoints,
+        max_shard_bytes=max_shard_bytes, in_parts=is_sharded(model),
+    )  # fmt: skip
 
-    def write() -> SaveResult:
-        temporary = temporary_path(save_dir, f"step_{step}")
-        writer = Writer()
-        try:
-            writer.make(temporary)
-            entries = _write_files(temporary, small_files, weights, large_files, max_shard_bytes, writer)
-            writer.raise_error()
-            write_file(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "step": step, "files": entries})])
-            fsync_folder(temporary)
-            published = _publish(temporary, save_dir / f"checkpoint_step_{step}", entries)
-        except OSError as error:
-            needed = sum(tensor.nbytes for tensor in (*weights.values(), *optimizer_state.values()))
-            return SaveResult(False, None, _storage_message(error, save_dir, needed))
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return SaveResult(True, published, _after_publishing(save_dir, published, keep_checkpoints))
 
-    if not is_sharded(model):
-        return from_rank_0(write)
-    if dist.get_rank() == 0:
-        result = write()
-    else:  # go through the tensors as rank 0 does, which then has each of them whole in its turn
-        _write_files(save_dir, small_files, weights, large_files, max_shard_bytes, Writer(writes=False))
-    return from_rank_0(lambda: result)
+def save_checkpoint(save_dir: str | os.PathLike, step: int, **contents: Any) -> SaveResult:
+    """`collect`, which has these arguments, and `write`. Every rank calls it."""
+    return collect(save_dir, step, **contents).write()
 
 
 @dataclass
@@ -180,18 +237,6 @@ def _small_files(step: int, state: dict, files: dict[str, bytes], config: dict |
     return {**{name: _json_bytes(content) for name, content in described.items()}, **files}
 
 
-def _write_files(
-    folder: Path, small_files: dict[str, bytes], weights: dict[str, Tensor], large_files: Files, max_shard_bytes: int,
-    writer: Writer,
-) -> dict[str, dict]:  # fmt: skip
-    """All files but the manifest, whose entries it returns."""
-    entries = {name: writer(folder / name, [data]) for name, data in small_files.items()}
-    if weights:
-        sizes = {name: tensor.nbytes for name, tensor in weights.items()}
-        entries |= write_weights(folder, sizes, lambda names: {n: weights[n] for n in names}, max_shard_bytes, writer)
-    return entries | {name: writer(folder / name, chunks) for name, chunks in large_files.items()}
-
-
 def write_weights(
     folder: Path,
     sizes: Mapping[str, int],
@@ -227,8 +272,8 @@ def write_weights(
     return entries
 
 
-def _publish(temporary: Path, final: Path, entries: dict[str, dict]) -> Path:
-    """Rename into place. What is there stays if it holds the same tensors, else it gives way. Raises OSError."""
+def _rename(temporary: Path, final: Path, entries: dict[str, dict]) -> Path:
+    """To its own name. What is there stays if it holds the same tensors, else it gives way. Raises OSError."""
     aside = None
     if final.exists():
         broken = verify_checkpoint(final)

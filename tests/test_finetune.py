@@ -107,7 +107,7 @@ def kill_between_checkpoints(given: list, save_dir: Path, streams: Path) -> None
     for _ in range(5):
         process = Forked(streams, given)
         moment = random.Random().randint(7, 9)
-        wait_for(lambda moment=moment: len(rows(save_dir)) >= moment)
+        wait_for(lambda moment=moment: len(rows(save_dir)) >= moment and any(save_dir.glob("checkpoint_*")))
         process.send(signal.SIGKILL)
         process.wait()
         if not (save_dir / f"checkpoint_step_{STEPS}").exists():
@@ -119,10 +119,11 @@ def kill_between_checkpoints(given: list, save_dir: Path, streams: Path) -> None
 @pytest.mark.parametrize("stage", grid(STAGES, quick=["sft_qlora", "dpo", "grpo", "ppo_lora"]))
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(stage, words, whole, tmp_path):
     """Weights, adapters, critic and optimizer state after SIGKILL. Checkpoints are due every five steps; PPO's and GRPO's are
-    written where a round of rollouts, of two steps, ends."""
+    written where a round of rollouts, of two steps, ends. A thread writes those of the run that is killed."""
     save_dir, last = tmp_path / "killed", f"checkpoint_step_{STEPS}"
-    kill_between_checkpoints(words(stage, save_dir), save_dir, tmp_path / "streams")
-    ended = Forked(tmp_path / "streams", [*words(stage, save_dir), "--checkpoint", "latest"]).wait()
+    given = [*words(stage, save_dir), "--async_checkpoint"]
+    kill_between_checkpoints(given, save_dir, tmp_path / "streams")
+    ended = Forked(tmp_path / "streams", [*given, "--checkpoint", "latest"]).wait()
     assert ended.code == 0 and "resumed from" in ended.out, ended.out + ended.err
     names = sorted(path.name for path in (whole(stage) / last).glob("*.safetensors"))
     assert "optimizer.safetensors" in names and len(names) == 2 + stage.startswith("ppo")

@@ -138,7 +138,7 @@ def saved_twice(rank: int, world_size: int, words: str, save_dir: Path) -> int:
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     run.save(1)
-    failed = run.failed_saves
+    failed = run.saves.failed
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     run.save(1)
     return failed

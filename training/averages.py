@@ -92,8 +92,11 @@ def with_weights_to_use(method: Callable) -> Callable:
 
 @contextlib.contextmanager
 def weights_to_use(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Inside, parameters that schedule-free AdamW trains are x; afterwards y again, bit for bit."""
-    trained = [one for one in _schedule_free(optimizers) if one[1]]
+    """Inside, parameters that schedule-free AdamW trains are x; afterwards y again, bit for bit.
+
+    Inside another such block it does nothing.
+    """
+    trained = [one for one in _schedule_free(optimizers) if one[1] and _TRAINED not in one[1]]
     with torch.no_grad():
         for parameter, state, beta1 in trained:
             state[_TRAINED] = parameter.detach().clone()
@@ -103,7 +106,8 @@ def weights_to_use(model: nn.Module, optimizers: list[torch.optim.Optimizer]) ->
             store_learned(unwrap(model))
         yield
     finally:
-        train_on(model, optimizers)
+        if trained:
+            train_on(model, optimizers)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
     def on_start(state)         before the first step of each start, also where a run goes on
     def on_step(state)          after each optimizer step
     def on_evaluate(state)      after each evaluation, before its figures are logged
-    def on_checkpoint(state)    after each checkpoint that was written
+    def on_checkpoint(state)    after each checkpoint that was written; with --async_checkpoint some steps later
     def on_finish(state)        when the run has come to its end or was stopped
 
 Any of them, in one file or several, which are called in the order in which they are named. They run on every rank. What they
@@ -29,6 +29,7 @@ from errors import UserError
 from ranks import Ranks, unwrap
 from training.config import TrainConfig
 from training.metrics import Figures, Metrics, TrainRow, reduce_metrics
+from training.saving import Saves
 from training.user_code import HOOKS, UserCode, hooks_of, read_hooks
 
 _CHANGEABLE = ("lr_factor", "stop_after_this_step", "evaluate_now", "save_now")
@@ -105,7 +106,7 @@ class HookedRun(Protocol):
     step: int
     tokens: int
     learning_rate: float
-    checkpoint: Path | None
+    saves: Saves
 
     def evaluate(self, step: int, last: bool) -> None: ...
 
@@ -153,7 +154,7 @@ class Hooks:
         memory: Any = MappingProxyType(self.memory) if event in _READ_ONLY else self.memory
         state = HookState(
             event=event, step=run.step, config=run.config, model=unwrap(run.model), ranks=run.ranks, figures=dict(figures),
-            learning_rate=run.learning_rate, tokens=run.tokens, checkpoint=run.checkpoint, log=log, memory=memory,
+            learning_rate=run.learning_rate, tokens=run.tokens, checkpoint=run.saves.newest, log=log, memory=memory,
             lr_factor=self.lr_factor, stop_after_this_step=False, evaluate_now=False, save_now=False,
         )  # fmt: skip
         wishes: tuple[bool, ...] = (False, False, False)

@@ -24,7 +24,7 @@ from adapters.scalar_head import RewardModel
 from adapters.task_heads import Task, TaskModel, saved_task
 from adapters.token_rows import grow_vocabulary, learn_rows, start_rows
 from checkpointing.load import load_model, load_optimizers, resolve_checkpoint
-from checkpointing.safetensors_writer import safetensors_chunks
+from checkpointing.safetensors_writer import TensorFile
 from checkpointing.save_folder import ADAPTER_CONFIG, list_checkpoints
 from checkpointing.tensors import model_tensors
 from errors import UserError
@@ -275,7 +275,7 @@ def _critic(config: TrainConfig, policy: Transformer, device: torch.device) -> R
 
 
 def checkpoint_parts(config: TrainConfig, model: nn.Module, ema: Ema | None = None) -> dict:
-    """What `save_checkpoint` is told of a model that is not simply one set of weights."""
+    """What `collect` is told of a model that is not simply one set of weights."""
     inner = unwrap(model)
     policy, name = _policy(inner)
     parts: dict = {"part": policy, "beside": {}}
@@ -283,10 +283,10 @@ def checkpoint_parts(config: TrainConfig, model: nn.Module, ema: Ema | None = No
         assert config.init_from is not None
         parts["adapter"] = peft_files(policy, name, str(Path(config.init_from).resolve()))
     if policy is not inner:
-        parts["beside"][CRITIC_FILE] = safetensors_chunks(_critic_tensors(inner), {"format": "pt"})
+        parts["beside"][CRITIC_FILE] = TensorFile(_critic_tensors(inner), {"format": "pt"})
     if ema is not None:
         described = {"format": "pt", "steps": str(int(ema.steps.item()))}
-        parts["beside"][EMA_FILE] = safetensors_chunks(ema.averages, described)
+        parts["beside"][EMA_FILE] = TensorFile(ema.averages, described)
     return parts
 
 

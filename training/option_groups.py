@@ -464,6 +464,7 @@ class RunOptions:
     checkpoint: str | None = option("resume from this checkpoint folder, or from the newest whole one: latest", None)
     save_interval: int | None = option("steps between checkpoints (default: --eval_interval)", None, bound=POSITIVE)
     keep_checkpoints: int = option("newest checkpoints to keep (the best one is kept too); 0 keeps all", 3, bound=NOT_NEGATIVE)
+    async_checkpoint: bool = option("write checkpoints while training goes on: the loop waits only for the copy of weights and optimizer state to host memory, which it needs room for", False)
     log_interval: int = option("steps between log lines", 100, bound=POSITIVE)
     eval_interval: int = option("steps between evaluations on the validation split; 0 evaluates at the end only", 500, bound=NOT_NEGATIVE, aliases=("eval_freq",))
     eval_tokens: int = option("validation tokens read at each evaluation; 0 reads all. The last evaluation always reads all", 1_000_000, bound=NOT_NEGATIVE, read_by=PART_EVALUATED)

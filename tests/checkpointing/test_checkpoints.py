@@ -1,7 +1,9 @@
 """Is a checkpoint complete, open to other tools, the same from any number of ranks, and enough to go on bit for bit?"""
 
 import json
+import os
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpointing.background import HostRoom
 from checkpointing.load import Resolved, load_model, load_optimizers, load_state, resolve_checkpoint
-from checkpointing.save import MAX_SHARD_BYTES, SaveResult, mark_best, save_checkpoint
+from checkpointing.save import MAX_SHARD_BYTES, SaveResult, collect, mark_best, save_checkpoint
 from checkpointing.save_folder import list_checkpoints, verify_checkpoint
 from checkpointing.tensors import model_tensors, optimizer_tensors, rng_state, set_rng_state
 from errors import UserError
@@ -466,3 +469,40 @@ def test_a_pointer_that_points_elsewhere_is_no_pointer(tmp_path):
     (tmp_path / "best").write_text(f"../{outside.name}\n")
     with pytest.raises(UserError, match="no best checkpoint"):
         resolve_checkpoint("best", tmp_path)
+
+
+# ---- by a thread -----------------------------------------------------------------------------------------------------
+
+
+def test_a_thread_writes_what_was_when_it_began_and_leaves_room_for_the_next(tmp_path, monkeypatch):
+    """The thread may not touch the disk before every tensor has changed. The second one is in the memory of the first."""
+    run = tiny_run("adamw")
+    train(*run, range(2))
+    may_write, mkdir = threading.Event(), os.mkdir
+    room = HostRoom()
+    for name in ("loop", "thread"):
+        mkdir(tmp_path / name)
+    for step in (2, 4):
+        wanted = save(tmp_path / "loop", step, run).path
+        may_write.clear()
+        monkeypatch.setattr(os, "mkdir", lambda *args: (may_write.wait(), mkdir(*args)))
+        started = collect(
+            tmp_path / "thread",
+            step,
+            model=run[0],
+            optimizers=run[1],
+            state={},
+            files=TOKENIZER_FILES,
+            keep_checkpoints=0,
+        ).start_writing(room)
+        assert not started.is_done
+        train(*run, range(2))
+        with torch.no_grad():
+            for tensor in everything(run).values():
+                tensor.add_(1)
+        may_write.set()
+        result = started.result()
+        monkeypatch.undo()
+        assert result.ok and started.is_done, result.message
+        for file in wanted.iterdir():
+            assert (result.path / file.name).read_bytes() == file.read_bytes(), file.name

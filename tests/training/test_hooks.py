@@ -19,6 +19,7 @@ from tests.ranks import run_ranks
 from tests.tiers import grid
 from training.config import TrainConfig, resolve_config
 from training.hooks import load_hooks
+from training.saving import Saves
 
 SMALL = (
     "--hidden_size 32 --num_layers 2 --num_heads 2 --batch_size 8 --learning_rate 3e-3 --warmup_steps 4 --sample_prompt= "
@@ -115,7 +116,7 @@ def a_run(**changes) -> SimpleNamespace:
     """What hooks are shown, as train.py's Run has it."""
     seen = {
         "config": TrainConfig(save_dir="runs/mine"), "model": nn.Linear(1, 1), "ranks": Ranks(0, 1, torch.device("cpu")),
-        "step": 3, "tokens": 30, "learning_rate": 0.1, "checkpoint": None,
+        "step": 3, "tokens": 30, "learning_rate": 0.1, "saves": Saves(),
     }  # fmt: skip
     return SimpleNamespace(**seen | changes)
 
