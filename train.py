@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from arguments import ArgumentParser
+from batches.ahead import made_ahead
 from batches.micro_batch import MicroBatch
 from checkpointing import save_folder
 from checkpointing.tensors import set_rng_state
@@ -32,7 +33,7 @@ from generation.sampling import stream_text
 from kernels.attention_backends import describe_attention
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
 from sharding import gathered, padded, whole
-from stages.build import Stage, StageData, build_stage, open_stage_data
+from stages.build import Stage, StageData, build_stage, can_be_ahead, open_stage_data
 from stages.classify import Classify
 from stages.custom_loss import choose_loss
 from stages.grpo import GRPO
@@ -41,6 +42,7 @@ from tools.run_plan import run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, next_command
+from training.garbage import collect_garbage, own_collection
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
@@ -48,6 +50,7 @@ from training.numerics import choose_numerics, machine_lines
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets, sharding_of
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
 from training.precision import LossScaler, Precision
+from training.profile import StepProfile
 from training.resume import check_data_order, find_checkpoint
 from training.saving import Saves
 from training.stage_plan import check_plan, read_as, read_plan
@@ -93,7 +96,7 @@ def run_stage(
         save_folder.clean(save_dir)
         run = build_run(given, ranks, from_file)
         start_step, stop = run.step, StopRequest()
-        with failures_recorded(run), run.saves.finished_alone(run):
+        with own_collection(), failures_recorded(run), run.saves.finished_alone(run):
             loop(run, stop)
         finished = run.step >= run.config.max_steps or run.hooks.stop
         if run.step > start_step or run.hooks.stop:
@@ -200,9 +203,12 @@ def loop(run: "Run", stop: StopRequest) -> None:
     if not run.hooks.start(run):
         return run.hooks.finish(run)
     batches = run.stage.batches(run.samples)
+    if can_be_ahead(run.stage):
+        batches = made_ahead(batches, run.ranks.device)
     first = next(batches)
     settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
-    clock = Clock()
+    clock, left = Clock(), config.max_steps - run.step
+    profile = StepProfile(config.profile, left=left, save_dir=config.save_dir, ranks=run.ranks, log=log)
     start_step = run.step
     for step, micro_batches in zip(
         range(start_step, config.max_steps), clock.timed(chain([first], batches)), strict=False
@@ -236,8 +242,11 @@ def loop(run: "Run", stop: StopRequest) -> None:
             stopping |= run.hooks.stop and between_phases  # as on_evaluate may ask
             if (stopping or (run.hooks.save and between_phases)) and run.saves.step != done:
                 run.save(done)
+        collect_garbage(done - start_step)
+        profile.step(done)
         if stopping:
             break
+    profile.close()
     run.saves.end(run)
     run.hooks.finish(run)
 

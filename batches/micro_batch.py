@@ -1,5 +1,6 @@
 """What does one rank put through the model at once?"""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -61,9 +62,14 @@ class MicroBatch:
         if device.type == "cpu":
             return self
 
-        def move(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+        batch = self.pinned() if device.type == "cuda" else self
+        return batch._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self) -> "MicroBatch":
+        """A copy in pinned memory, or what is there already."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
         return replace(
             self,
             input_ids=move(self.input_ids),

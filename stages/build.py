@@ -104,6 +104,11 @@ class StageData:
     task: TaskData | None = None  # of stages that classify, tag or answer
 
 
+def can_be_ahead(stage: Stage) -> bool:
+    """Whether its batches follow from the data alone, not from the model or from other ranks: a thread may make them."""
+    return not isinstance(stage, GRPO | PPO) and not isinstance(getattr(stage, "data", None), SentencePairs)
+
+
 def open_stage_data(
     config: TrainConfig, base: Path | None, context: int | None, saved: dict | None = None,
     checkpoint: Path | None = None,

@@ -450,6 +450,7 @@ class HardwareOptions:
     shard_size: int | None = option("ranks that share one copy of the model, which divide the number of ranks (default: all of them)", None, bound=POSITIVE, read_by=SHARDED)
     reshard_after_forward: bool = option("a block's weights are given up after its forward pass, and gathered again for its backward pass", True, read_by=SHARDED)
     offload: str = option("none, or all: weights, gradients and optimizer state lie in the host's memory, which updates them", "none", choices=("none", "all"), read_by=SHARDED)
+    profile: int | None = option("write a Chrome trace and a table by operator of so many steps to --save_dir/profile, after the first few", None, bound=POSITIVE)
     peak_tflops: float | None = option("peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None, bound=POSITIVE)
 
 
