@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.linear import product, runs_on_onednn
 from sharding import is_part, like, whole
 from training.update_rules import assign, skip_flag
 
@@ -118,16 +119,25 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
     Five Newton-Schulz steps in `dtype`, which is the result's; they forgive the rounding of bf16. Zero matrices stay zero.
     """
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     # The iteration needs every singular value <= 1; the Frobenius norm bounds them. In fp32, before any rounding.
     shape, matrices = matrices.shape, matrices.float().flatten(0, -3)
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(1e-7)
     x = x.to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        x = _newton_schulz_step(x)
     return x.view(shape)
+
+
+def _newton_schulz_step(x: Tensor) -> Tensor:
+    """a·X + (b·G + c·G²)·X with G = X·Xᵀ, for x (matrices, rows, columns); G is its own transpose."""
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    if runs_on_onednn(x, x):
+        grams = [product(one, one) for one in x]
+        polynomials = [product(gram, gram).mul_(c).add_(gram, alpha=b) for gram in grams]
+        return torch.stack([product(p, one.mT).add_(one, alpha=a) for p, one in zip(polynomials, x, strict=True)])
+    gram = x @ x.mT
+    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(x, polynomial, x, beta=a)
 
 
 def _batches_of_equal_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
