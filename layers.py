@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from experts import Experts, Routing
 from kernels.attention import attention
 from kernels.attention_masks import AttentionMask
 from kernels.choice import KernelChoice
 from kernels.dropout import keyed_dropout
+from kernels.fp8 import SIZE_MULTIPLE, fp8_linear
 from kernels.linear import linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
@@ -133,9 +135,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """torch's, whose product runs where kernels/linear.py sends it."""
+    """torch's, whose product runs where kernels/linear.py sends it.
+
+    fp8: it is in fp8 while it is learned from. What is evaluated, drawn or judged is what others will compute of the weights.
+    """
+
+    fp8 = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.fp8 and torch.is_grad_enabled():
+            return fp8_linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
 
 
@@ -331,6 +340,20 @@ class Block(nn.Module):
         """A sub-layer's result as it is added: after dropout, times Granite's residual multiplier."""
         update = shared.dropped(update, stream)
         return update if self.residual_multiplier == 1.0 else update * self.residual_multiplier
+
+
+def use_fp8(model: nn.Module) -> None:
+    """Let the linear layers of its blocks multiply in fp8. UserError for one whose sizes fp8 does not take."""
+    for place, block in model.named_modules():
+        for name, layer in block.named_modules() if isinstance(block, Block) else ():
+            if not isinstance(layer, Linear):
+                continue
+            if layer.in_features % SIZE_MULTIPLE or layer.out_features % SIZE_MULTIPLE:
+                raise UserError(
+                    f"--mixed_precision fp8: {place}.{name} is {layer.out_features} x {layer.in_features}, and fp8 takes "
+                    f"multiples of {SIZE_MULTIPLE}; choose other sizes, or bf16"
+                )
+            layer.fp8 = True
 
 
 class PredictionHead(nn.Module):

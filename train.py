@@ -31,6 +31,7 @@ from checkpointing.tensors import set_rng_state
 from errors import UserError, run_script
 from generation.sampling import stream_text
 from kernels.attention_backends import describe_attention
+from layers import use_fp8
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
 from sharding import gathered, padded, whole
 from stages.build import Stage, StageData, build_stage, can_be_ahead, open_stage_data
@@ -157,6 +158,8 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         num_new_tokens=data.num_new_tokens, device=ranks.device, precision=precision,
         rows=plan.micro_batch_size * data.max_length, task=data.task.task if data.task else None, shard=shard,
     )  # fmt: skip
+    if precision.fp8:
+        use_fp8(raw_model)
     optimizers = make_optimizers(config, raw_model, resumed_from, precision)
     scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
     if resumed_from:

@@ -7,10 +7,10 @@ Every way takes the step of train.py's own loop (train.Run) on the same random t
 process of its own, so that each peak of memory is that way's alone. Pretraining: fp32 weights under bf16 autocast,
 AdamW. Fine-tuning: frozen bf16 weights (NF4 for qlora), adapters of rank 16 on every linear layer of the blocks, half of
 the tokens learned. Nobody recomputes activations. Ours: "eager" is PyTorch's kernels alone, "compile" torch.compile of
-that, "ours" Triton's kernels without it, "ours + compile" what train.py chooses with --compile_model; LoRA takes the path
-that was measured as the fastest (kernels/lora_measured.json), or, whatever was measured, the augmented one, joint with
-the norms. Beside them
-transformers' LlamaForCausalLM, with Liger-Kernel, peft, bitsandbytes or Unsloth where they can be imported.
+that, "ours" Triton's kernels without it, "ours + compile" what train.py chooses with --compile_model, also in fp8 where
+the GPU has it; LoRA takes the path that was measured as the fastest (kernels/lora_measured.json), or, whatever was measured,
+the augmented one, joint with the norms. Beside them transformers' LlamaForCausalLM, with Liger-Kernel, peft, bitsandbytes or
+Unsloth where they can be imported.
 
 Rows go to bench/results/DEVICE/step.json; `loss` is the one of the third step, which all ways of a task should share. A
 later call measures what is missing there, everything with --again.
@@ -40,7 +40,9 @@ from bench import report  # noqa: E402
 from bench.measure import device_slug, environment, first_line, read_results, synchronize, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from kernels.choice import choose_kernels  # noqa: E402
+from kernels.fp8 import why_not_fp8  # noqa: E402
 from kernels.jit import why_not_triton  # noqa: E402
+from layers import use_fp8  # noqa: E402
 from model import Transformer, flops_per_token  # noqa: E402
 from model_config import ModelConfig  # noqa: E402
 from ranks import Ranks  # noqa: E402
@@ -78,9 +80,9 @@ SHAPES = {
 }
 SIZES = {"pretrain": ("124m", "1b"), "lora": ("8b",), "qlora": ("8b",)}
 OWN = ("eager", "compile", "ours", "ours + compile")
-AUGMENTED = "ours augmented"
+AUGMENTED, FP8 = "ours augmented", "ours + compile + fp8"
 WAYS = {
-    "pretrain": (*OWN, "transformers", "transformers + liger"),
+    "pretrain": (*OWN, FP8, "transformers", "transformers + liger"),
     "lora": (*OWN, AUGMENTED, "peft", "unsloth"),
     "qlora": (*OWN, "peft + bitsandbytes", "unsloth"),
 }
@@ -109,7 +111,9 @@ def draw(model: nn.Module, device: torch.device) -> None:
 
 
 def own_model(task: str, config: ModelConfig, way: str, device: torch.device, tokens: int) -> nn.Module:
-    compiled = way.endswith("compile")
+    compiled = "compile" in way
+    if way == FP8 and (reason := why_not_fp8(device)):
+        raise Skipped(reason)
     request = "torch" if way in ("eager", "compile") else "auto" if compiled else "triton"
     if way.startswith("ours") and (reason := why_not_triton(device)):
         raise Skipped(reason)
@@ -122,6 +126,8 @@ def own_model(task: str, config: ModelConfig, way: str, device: torch.device, to
     if task != "pretrain":
         rows = tokens if way.startswith("ours") else None
         add_adapters(model, rank=RANK, alpha=ALPHA, quantise="nf4" if task == "qlora" else None, rows=rows)
+    if way == FP8:
+        use_fp8(model)
     if way == AUGMENTED:
         join_projections(model, model.kernels.lora)
         for block in model.model.layers:
@@ -226,7 +232,7 @@ def measure(task: str, size: str, way: str, layers: int | None) -> dict:
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # as train.py
     shape = SHAPES[size]
     config = ModelConfig(**asdict(shape.model) | {"num_hidden_layers": layers or shape.model.num_hidden_layers})
-    own = way in (*OWN, AUGMENTED)
+    own = way in (*OWN, AUGMENTED, FP8)
     try:
         if own:
             model = own_model(task, config, way, device, shape.rows * shape.length)

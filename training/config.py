@@ -104,6 +104,8 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_optimization()
         if self.stage in ("reward", "mlm", *TASKS) and self.sample_prompt:
             raise UserError(f"--sample_prompt cannot be used with --stage {self.stage}: the model writes no text")
+        if self.lora and self.mixed_precision == "fp8":
+            raise UserError("--mixed_precision fp8 is for training all weights: with --lora use bf16")
         if self.lora and self.init_from is None:
             raise UserError("--lora needs a model to adapt: name it with --init_from")
 

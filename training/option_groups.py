@@ -33,7 +33,7 @@ from training.schedule import END_AT_MINIMUM, SCHEDULES, learning_rate_factor
 
 STAGES = ("pretrain", "mlm", "sft", "reward", "dpo", "grpo", "ppo", *TASKS)
 STRATEGIES = ("ddp", "fsdp")
-PRECISIONS = ("auto", "bf16", "fp16", "none")
+PRECISIONS = ("auto", "bf16", "fp16", "fp8", "none")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8},
     "small": {"hidden_size": 768, "num_layers": 12, "num_heads": 12},
@@ -442,7 +442,7 @@ class HardwareOptions:
     """
 
     device: str = option("auto, cpu, cuda or mps", "auto", choices=("auto", "cpu", "cuda", "mps"))
-    mixed_precision: str = option("bf16, fp16 (with a loss scaler), none, or auto, which the flag alone means too: bf16 on a GPU that has it, fp16 on one that has not, none on a CPU", "auto", choices=PRECISIONS, value_if_bare="auto")
+    mixed_precision: str = option("bf16, fp16 (with a loss scaler), fp8 (the blocks' products, while learning; Hopper and newer, and faster only with --compile_model), none, or auto, which the flag alone means too: bf16 on a GPU that has it, fp16 on one that has not, none on a CPU", "auto", choices=PRECISIONS, value_if_bare="auto")
     kernels: list[str] = option("auto, triton or torch; then, for single ones, operation=triton or operation=torch (operations: " + ", ".join(OPERATIONS) + "). auto: Triton on a GPU, and with --compile_model only where it beats the compiler", ["auto"])
     attention: str = option("back end of attention: auto (a varlen kernel for packed documents on a GPU, else sdpa), sdpa, varlen, flash-attn, fa3, fa4 or flex", "auto", choices=ATTENTION_BACKENDS)
     compile_model: bool = option("torch.compile the model in place", False)

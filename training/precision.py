@@ -1,7 +1,7 @@
 """In which number format does the model compute, and how is a step that overflowed left out?
 
 Weights, optimizer state, gradient reduction, softmax and loss are fp32; matrix products are bf16, or fp16 with a loss
-scaler, under autocast.
+scaler, under autocast; those of the blocks may be fp8 (kernels/fp8.py).
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from kernels.fp8 import why_not_fp8
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Precision:
 
     dtype: torch.dtype
     reason: str
+    fp8: bool = False  # whether the blocks' products are in fp8, beside what is in dtype
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
@@ -27,7 +29,7 @@ class Precision:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision for --mixed_precision "auto", "bf16", "fp16" or "none". Raises UserError for what the device lacks."""
+    """The precision for --mixed_precision auto, bf16, fp16, fp8 or none. Raises UserError for what the device lacks."""
     if name == "none":
         return Precision(torch.float32, "fp32 (--mixed_precision none)")
     if name == "auto" and device.type != "cuda":
@@ -39,6 +41,10 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         return Precision(torch.float16, "fp16 with a loss scaler (this GPU has no bf16)")
     if name == "bf16" and not has_bf16:
         raise UserError("--mixed_precision bf16: this GPU has no bf16 arithmetic; use fp16")
+    if name == "fp8":
+        if reason := why_not_fp8(device):
+            raise UserError(f"--mixed_precision fp8: {reason}; use bf16")
+        return Precision(torch.bfloat16, "fp8 products in the blocks, bf16 else, fp32 master weights", fp8=True)
     if name == "bf16":
         return Precision(torch.bfloat16, "bf16 with fp32 master weights (--mixed_precision bf16)")
     return Precision(torch.float16, "fp16 with fp32 master weights and a loss scaler (--mixed_precision fp16)")
