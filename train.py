@@ -308,7 +308,7 @@ class Run:
         would move them by as much as a step that learns.
         """
         weight, tokens = (float(sum(getattr(b, name) for b in micro_batches)) for name in ("weight", "num_tokens"))
-        total_weight, tokens, stops, *news = self.ranks.sum([weight, tokens, float(stop_here), *self.saves.news()])
+        total_weight, tokens, stops, *news = self.ranks.sum([weight, tokens, float(stop_here), *self.saves.news(self)])
         self.saves.hear(news)
         metrics = self.backward(micro_batches, max(1.0, total_weight))
         grad_norm = self.update_weights(lr_factor) if total_weight else None
@@ -380,8 +380,7 @@ class Run:
         seconds, self.hooks.evaluate = time.perf_counter() - start, False
         if row := figures | self.hooks.call("on_evaluate", self, figures):
             self.log.evaluation(step, seconds, row)
-        if (val_loss := figures.get("val_loss")) is not None:
-            self.saves.mark_if_best(self, step, val_loss)
+        self.saves.mark_if_best(self, step, row)
         if self.config.sample_prompt:
             self.log.status("sampling", step)
             with gathered(self.model):

@@ -19,6 +19,7 @@ from checkpointing.save_folder import (
     WEIGHTS,
     WEIGHTS_INDEX,
     from_rank_0,
+    has_optimizer,
     list_checkpoints,
     read_json,
     read_pointer,
@@ -46,7 +47,7 @@ class Resolved:
         return self.path
 
 
-def resolve_checkpoint(which: str | os.PathLike, save_dir: str | os.PathLike) -> Resolved:
+def resolve_checkpoint(which: str | os.PathLike, save_dir: str | os.PathLike, to_go_on: bool = False) -> Resolved:
     """The checkpoint folder that `which` means, verified to the last byte. Every rank calls it; rank 0 looks.
 
     * "latest": the newest whole one in `save_dir`, by step; broken ones are passed over and reported, and without a
@@ -54,12 +55,13 @@ def resolve_checkpoint(which: str | os.PathLike, save_dir: str | os.PathLike) ->
     * "best", a checkpoint folder, or NAME.pt where only the folder NAME exists: exactly that one;
     * any other folder, such as another run's --save_dir: the newest whole one inside.
 
+    to_go_on: one without its optimizer state (--keep_optimizer last) is passed over, or refused, like a broken one.
     Raises UserError with the reason where the second or third finds nothing whole.
     """
 
     def look() -> Resolved:
         if str(which) == "latest":
-            return _newest_whole(Path(save_dir))
+            return _newest_whole(Path(save_dir), to_go_on)
         path = read_pointer(Path(save_dir), "best") if str(which) == "best" else Path(which)
         if path is None:
             raise UserError(f"{save_dir} has no best checkpoint yet")
@@ -73,22 +75,32 @@ def resolve_checkpoint(which: str | os.PathLike, save_dir: str | os.PathLike) ->
         if not path.is_dir():
             raise UserError(f"there is no checkpoint {path}")
         if not (path / MANIFEST).exists() and list_checkpoints(path):
-            found = _newest_whole(path)
+            found = _newest_whole(path, to_go_on)
             if found.path is None:
                 reasons = "; ".join(f"{skipped.name}: {reason}" for skipped, reason in found.skipped)
                 raise UserError(f"no checkpoint in {path} is whole: {reasons}")
             return found
-        if reason := verify_checkpoint(path):
+        if reason := _fault(path, to_go_on):
             raise UserError(f"checkpoint {path} cannot be used: {reason}")
         return Resolved(path, [])
 
     return from_rank_0(look)
 
 
-def _newest_whole(save_dir: Path) -> Resolved:
+def _fault(path: Path, to_go_on: bool) -> str | None:
+    reason = verify_checkpoint(path)
+    if reason is None and to_go_on and not has_optimizer(path):
+        return (
+            "its optimizer state was removed (--keep_optimizer last), so no run can go on from it; start a new one from its "
+            f"weights with --init_from {path} and another --save_dir"
+        )
+    return reason
+
+
+def _newest_whole(save_dir: Path, to_go_on: bool) -> Resolved:
     skipped: list[tuple[Path, str]] = []
     for _, path in reversed(list_checkpoints(save_dir)):
-        reason = verify_checkpoint(path)
+        reason = _fault(path, to_go_on)
         if reason is None:
             return Resolved(path, skipped)
         skipped.append((path, reason))

@@ -11,7 +11,6 @@ The order that makes a crash harmless at any moment: files, manifest, all flushe
 flushed, pointer, old checkpoints deleted. No pickle is ever read. What surrounds the folder is in save_folder.py.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpointing.background import HostRoom, InFlight
+from checkpointing.retention import Retention, retire_old
 from checkpointing.safetensors_writer import TensorFile, safetensors_chunks, write_file
 from checkpointing.save_folder import (
     ADAPTER_CONFIG,
@@ -38,10 +38,9 @@ from checkpointing.save_folder import (
     WEIGHTS_INDEX,
     from_rank_0,
     fsync_folder,
-    list_checkpoints,
+    json_bytes,
     move_aside,
     read_json,
-    read_pointer,
     temporary_path,
     verify_checkpoint,
     write_pointer,
@@ -77,7 +76,7 @@ class Checkpoint:
     small_files: dict[str, bytes]
     weights: dict[str, Tensor]
     large_files: Files
-    keep_checkpoints: int | None
+    retention: Retention
     max_shard_bytes: int
     in_parts: bool  # whether each rank holds a part of its tensors
 
@@ -122,14 +121,14 @@ class Checkpoint:
             writer.make(temporary)
             entries = self._write_files(temporary, writer)
             writer.raise_error()
-            write_file(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "step": self.step, "files": entries})])
+            write_file(temporary / MANIFEST, [json_bytes({"format": FORMAT, "step": self.step, "files": entries})])
             fsync_folder(temporary)
             published = _rename(temporary, self.save_dir / f"checkpoint_step_{self.step}", entries)
         except OSError as error:
             return SaveResult(False, None, _storage_message(error, self.save_dir, self._num_bytes()))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return SaveResult(True, published, _after_publishing(self.save_dir, published, self.keep_checkpoints))
+        return SaveResult(True, published, _after_publishing(self.save_dir, published, self.retention))
 
     def _write_files(self, folder: Path, writer: "Writer") -> dict[str, dict]:
         """All files but the manifest, whose entries it returns."""
@@ -156,6 +155,8 @@ def collect(
     state: dict,
     files: dict[str, bytes],
     keep_checkpoints: int | None,
+    keep_every: int | None = None,
+    keep_optimizer: str = "all",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     part: nn.Module | None = None,
     adapter: Files | None = None,
@@ -167,7 +168,8 @@ def collect(
     `model` may be wrapped in DDP, sharded, and compiled in place; it has `.config.to_hf()`. `state` is what the loop wants
     back from `load_state`: JSON values, without the names that are added here: format, step, world_size, rng. `files` are
     further files by name, such as the tokenizer's. The newest `keep_checkpoints` whole checkpoints are kept (0 or None:
-    all), and always the one just written and the one `best` points to.
+    all), those whose step is a multiple of `keep_every`, and always the one just written and the one `best` points to;
+    under `keep_optimizer` "last" the newest alone with its optimizer state.
 
     part: the module in `model` that config.json and the weights are of (default: all of it). adapter: files of a PEFT
     folder, which are written in place of these, whose weights are frozen and lie elsewhere. beside: further large files,
@@ -178,12 +180,13 @@ def collect(
     config = unwrap(inner).config.to_hf() if adapter is None or stop_ids else None
     small_files = _small_files(step, state, files, config if adapter is None else None)
     if config is not None:
-        small_files[GENERATION_CONFIG] = _json_bytes(_generation_config(config, stop_ids))
+        small_files[GENERATION_CONFIG] = json_bytes(_generation_config(config, stop_ids))
     described = {"format": "pt", "optimizers": optimizer_names(optimizers)}
     optimizer_state = TensorFile(optimizer_tensors(model, optimizers), described)
     return Checkpoint(
         Path(save_dir), step, small_files, weights=model_tensors(inner) if adapter is None else {},
-        large_files={**(adapter or {}), **(beside or {}), OPTIMIZER: optimizer_state}, keep_checkpoints=keep_checkpoints,
+        large_files={**(adapter or {}), **(beside or {}), OPTIMIZER: optimizer_state},
+        retention=Retention(keep_checkpoints, keep_every, keep_optimizer),
         max_shard_bytes=max_shard_bytes, in_parts=is_sharded(model),
     )  # fmt: skip
 
@@ -234,7 +237,7 @@ def _small_files(step: int, state: dict, files: dict[str, bytes], config: dict |
     if taken := added.keys() & state.keys():
         raise ValueError(f"state may not hold {sorted(taken)}: save_checkpoint adds them")
     described = {TRAINER_STATE: {**state, **added}, **({} if config is None else {CONFIG: config})}
-    return {**{name: _json_bytes(content) for name, content in described.items()}, **files}
+    return {**{name: json_bytes(content) for name, content in described.items()}, **files}
 
 
 def write_weights(
@@ -268,7 +271,7 @@ def write_weights(
         weight_map |= dict.fromkeys(tensors, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        entries[WEIGHTS_INDEX] = write(folder / WEIGHTS_INDEX, [_json_bytes(index)])
+        entries[WEIGHTS_INDEX] = write(folder / WEIGHTS_INDEX, [json_bytes(index)])
     return entries
 
 
@@ -297,26 +300,14 @@ def _tensor_files(entries: dict[str, dict]) -> dict[str, dict]:
     return {name: entry for name, entry in entries.items() if name.endswith(".safetensors")}
 
 
-def _after_publishing(save_dir: Path, published: Path, keep_checkpoints: int | None) -> str:
-    """Point `latest` here and delete old checkpoints. The new one is safe by now, so trouble is only a warning."""
+def _after_publishing(save_dir: Path, published: Path, retention: Retention) -> str:
+    """Point `latest` here and let old checkpoints go. The new one is safe by now, so trouble is only a warning."""
     try:
         write_pointer(save_dir, "latest", published.name)
-        _delete_old(save_dir, published, keep_checkpoints)
+        retire_old(save_dir, published, retention)
     except OSError as error:
         return f"saved, but then: {error}"
     return ""
-
-
-def _delete_old(save_dir: Path, published: Path, keep_checkpoints: int | None) -> None:
-    """Delete whole checkpoints beyond the newest `keep_checkpoints`. Broken ones are neither counted nor touched."""
-    if not keep_checkpoints:
-        return
-    whole = [path for _, path in list_checkpoints(save_dir) if verify_checkpoint(path, deep=False) is None]
-    kept = {*whole[-keep_checkpoints:], published, read_pointer(save_dir, "best")}
-    for path in whole:
-        if path not in kept:
-            # Renamed first, so that a checkpoint is never seen half deleted.
-            shutil.rmtree(move_aside(path, ".del"), ignore_errors=True)
 
 
 def mark_best(save_dir: str | os.PathLike, path: str | os.PathLike) -> None:
@@ -346,7 +337,3 @@ def _gather_from_ranks(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -3,7 +3,7 @@
     SAVE_DIR/
       .lock                      held by the one trainer that writes here
       latest, best               one line each, the name of a checkpoint folder; hints only
-      checkpoint_step_1000/      exists only when whole, and is never changed
+      checkpoint_step_1000/      exists only when whole, and is never changed, but that --keep_optimizer last takes a file out
       .tmp_step_1100_PID_RANDOM/ being written; .old_… being replaced; .del_… being deleted
 
 No tensor format notices a flipped bit by itself, so a checkpoint's manifest.json has the size and CRC-32 of each file.
@@ -34,6 +34,8 @@ MANIFEST, CONFIG, TRAINER_STATE = "manifest.json", "config.json", "trainer_state
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 WEIGHTS, WEIGHTS_INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
+
+REMOVED = "removed"  # in a manifest: the optimizer's file, where it was taken out (retention.py)
 
 # What reading a JSON file that anybody may have written can raise, from a missing key to nesting without end.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -163,13 +165,18 @@ def move_aside(path: Path, prefix: str) -> Path:
 
 def write_pointer(save_dir: Path, name: str, target: str) -> None:
     """Replace the one-line file `name` ("latest" or "best") atomically. Raises OSError."""
-    temporary = temporary_path(save_dir, name)
+    replace_file(save_dir, save_dir / name, f"{target}\n".encode())
+
+
+def replace_file(save_dir: Path, path: Path, content: bytes) -> None:
+    """Replace a small file in `save_dir`, or in a folder of it, atomically. Raises OSError."""
+    temporary = temporary_path(save_dir, path.name)
     try:
-        write_file(temporary, [f"{target}\n".encode()])
-        os.replace(temporary, save_dir / name)
+        write_file(temporary, [content])
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(save_dir)
+    fsync_folder(path.parent)
 
 
 def read_pointer(save_dir: Path, name: str) -> Path | None:
@@ -202,6 +209,7 @@ def verify_checkpoint(path: str | os.PathLike, deep: bool = True) -> str | None:
         manifest = read_json(path / MANIFEST)
         version, step = manifest["format"], manifest["step"]
         entries = {name: (entry["bytes"], entry["crc32"]) for name, entry in manifest["files"].items()}
+        needed = [OPTIMIZER] if manifest.get(REMOVED) != [OPTIMIZER] else []
     except FileNotFoundError:
         return f"{MANIFEST}: missing, so this is no checkpoint or an unfinished copy of one"
     except UNREADABLE as error:
@@ -213,7 +221,7 @@ def verify_checkpoint(path: str | os.PathLike, deep: bool = True) -> str | None:
     model = CONFIG, WEIGHTS_INDEX if WEIGHTS_INDEX in entries else WEIGHTS
     if ADAPTER_CONFIG in entries:
         model = ADAPTER_CONFIG, ADAPTER_WEIGHTS
-    for required in (*model, OPTIMIZER, TRAINER_STATE):
+    for required in (*model, *needed, TRAINER_STATE):
         if required not in entries:
             return f"{MANIFEST}: does not list {required}"
     for name, (size, crc) in entries.items():
@@ -227,6 +235,11 @@ def verify_checkpoint(path: str | os.PathLike, deep: bool = True) -> str | None:
         if not same_step:
             return f"{MANIFEST}: step {step!r} is not the step of {TRAINER_STATE}"
     return None
+
+
+def has_optimizer(path: Path) -> bool:
+    """Whether a run can go on from a checkpoint that is whole."""
+    return OPTIMIZER in read_json(path / MANIFEST)["files"]
 
 
 def _check_file(folder: Path, name: str, size: int, crc: str, deep: bool) -> str | None:
@@ -253,6 +266,10 @@ def read_json(path: Path) -> dict:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with os.fdopen(descriptor, "rb") as file:
         return json.load(file)
+
+
+def json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 # ---- all ranks agree -------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ import torch
 
 from kernels.jit import why_not_triton
 from tests.forked import Forked
+from tests.processes import new_process
 from tests.tiers import grid
+from train import main as train_main
 from training.optimizers import OPTIMIZERS
 
 SMALL = [
@@ -141,6 +143,24 @@ def test_a_signal_finishes_the_step_saves_and_exits(train, start, tmp_path, numb
         tmp_path / "run", "--checkpoint", "latest", "--max_steps", last + 3, "--schedule", "wsd", "--decay_fraction", 0
     )
     assert max(rows(tmp_path / "run")) == last + 3
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_terminal_that_goes_stops_a_run_like_another_signal_but_not_under_nohup(under_nohup, tiny_data, tmp_path):
+    def run() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+        steps = 60 if under_nohup else 3000
+        words = [*SMALL, *QUIET, "--save_dir", tmp_path / "run", "--data_dir", tiny_data, "--max_steps", steps]
+        sys.exit(train_main([str(word) for word in words]))
+
+    process = new_process(run)
+    process.start()
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 3)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(60)
+    assert process.exitcode == (0 if under_nohup else 128 + signal.SIGHUP)
+    last = max(rows(tmp_path / "run"))
+    assert (tmp_path / f"run/checkpoint_step_{last}/manifest.json").exists() and (last == 60) == under_nohup
 
 
 def test_ranks_and_micro_batches_give_the_same_losses(train, tmp_path):

@@ -102,6 +102,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_model()
         self._check_strategy()
         self.check_optimization()
+        _ = self.higher_is_better  # UserError where it is not known
         if self.stage in ("reward", "mlm", *TASKS) and self.sample_prompt:
             raise UserError(f"--sample_prompt cannot be used with --stage {self.stage}: the model writes no text")
         if self.lora and self.mixed_precision == "fp8":

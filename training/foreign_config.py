@@ -120,6 +120,8 @@ NAMES: dict[str, Is | Only | Unused] = {
     "save_steps": Is("save_interval"),
     "eval_steps": Is("eval_interval"),
     "save_total_limit": Is("keep_checkpoints", {None: 0}),
+    "metric_for_best_model": Is("best_metric"),
+    "greater_is_better": Is("best_mode", {True: "max", False: "min", None: None}),
     "logging_strategy": Only(("steps", None), _IN_STEPS),
     "save_strategy": Only(("steps", None), _IN_STEPS),
     "eval_strategy": Is("evaluations"),

@@ -454,6 +454,13 @@ class HardwareOptions:
     peak_tflops: float | None = option("peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None, bound=POSITIVE)
 
 
+# parts of the names of evaluations' figures; of `val_reward_loss` the first counts
+_HIGHER_IS_BETTER = (
+    "reward", "accuracy", "f1", "exact_match", "precision", "recall", "matthews", "pearson", "spearman", "margin", "finished",
+)  # fmt: skip
+_LOWER_IS_BETTER = ("loss", "bpb", "perplexity", "error", "mae", "kl", "unscored")
+
+
 @dataclass
 class RunOptions:
     """Where a run is kept, how often it looks up, and how it goes on.
@@ -464,7 +471,12 @@ class RunOptions:
     save_dir: str = option("where checkpoints, metrics.jsonl and the plot go", "./checkpoints", aliases=("save_model",))
     checkpoint: str | None = option("resume from this checkpoint folder, or from the newest whole one: latest", None)
     save_interval: int | None = option("steps between checkpoints (default: --eval_interval)", None, bound=POSITIVE)
+    save_every_minutes: float | None = option("minutes between checkpoints, beside those of --save_interval, by the clock of the first rank", None, bound=POSITIVE)
     keep_checkpoints: int = option("newest checkpoints to keep (the best one is kept too); 0 keeps all", 3, bound=NOT_NEGATIVE)
+    keep_every: int | None = option("keep each checkpoint whose step is a multiple of this for ever", None, bound=POSITIVE, read_by=Runs("runs with a positive --keep_checkpoints, as 0 keeps all", lambda c: c.keep_checkpoints > 0))
+    keep_optimizer: str = option("all, or last: the newest checkpoint alone keeps its optimizer state, which is two thirds of it with AdamW; no run can go on from the others", "all", choices=("all", "last"))
+    best_metric: str | None = option("figure of the evaluations that says which checkpoint is the best, such as val_accuracy, f1 or a figure of --hooks (default: val_loss)", None)
+    best_mode: str | None = option("min or max: whether a lower or a higher --best_metric is better (default: by its name)", None, choices=("min", "max"))
     async_checkpoint: bool = option("write checkpoints while training goes on: the loop waits only for the copy of weights and optimizer state to host memory, which it needs room for", False)
     log_interval: int = option("steps between log lines", 100, bound=POSITIVE)
     eval_interval: int = option("steps between evaluations on the validation split; 0 evaluates at the end only", 500, bound=NOT_NEGATIVE, aliases=("eval_freq",))
@@ -475,6 +487,21 @@ class RunOptions:
     log_to: list[str] = option("where figures, samples and events go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow or csv, also several of them (docs/monitor.md)", [], choices=LOGGERS)
     hooks: list[str] = option("files of your own functions on_start, on_step, on_evaluate, on_checkpoint and on_finish, which look at the run and steer it (docs/extending.md)", [])
     seed: int = option("of the initial weights and of the data order", 0)
+
+    @property
+    def best_figure(self) -> str:
+        """The name of --best_metric in the row of an evaluation; `f1` and Hugging Face's `eval_f1` are val_f1."""
+        return "val_" + (self.best_metric or "loss").removeprefix("val_").removeprefix("eval_")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """What --best_mode says, or the metric's name. UserError for a name that does not tell."""
+        if self.best_mode is not None:
+            return self.best_mode == "max"
+        for names, higher in ((_HIGHER_IS_BETTER, True), (_LOWER_IS_BETTER, False)):
+            if any(name in self.best_figure for name in names):
+                return higher
+        raise UserError(f"--best_metric {self.best_metric}: add --best_mode min or max, as its name does not tell which")
 # fmt: on
 
 

@@ -143,15 +143,17 @@ def settle_gradient_buckets(model: nn.Module, backward: Callable[[], object]) ->
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1 (a scheduler's warning): the loop finishes its step, saves and leaves.
+    """Set by SIGTERM, SIGINT, SIGUSR1 (a scheduler's warning) or SIGHUP (the terminal has gone): the loop finishes its step,
+    saves and leaves. A second signal leaves at once.
 
-    A second signal leaves at once.
+    Under nohup SIGHUP is ignored when the process starts, and stays so.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
         if self.signal is not None:

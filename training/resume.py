@@ -23,12 +23,15 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
                 "--checkpoint latest, or choose another --save_dir"
             )
         return None, {}
-    found = resolve_checkpoint(which, config.save_dir)
+    found = resolve_checkpoint(which, config.save_dir, to_go_on=True)
     for path, reason in found.skipped:
         print(f"warning: skipped {path}: {reason}", file=sys.stderr)
     if found.path is None:
         if found.skipped:
-            raise UserError(f"no checkpoint in {config.save_dir} is whole; to start anew choose another --save_dir")
+            raise UserError(
+                f"no checkpoint in {config.save_dir} is whole, with its optimizer state; to start anew choose another "
+                "--save_dir, and --init_from what is left"
+            )
         print(f"no checkpoint in {config.save_dir} yet: starting at step 0", file=sys.stderr)
         return None, {}
     state = load_state(found.path)

@@ -6,6 +6,7 @@ How a folder comes to be whole or absent is checkpointing/save.py. Every rank ca
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 from checkpointing.background import HostRoom, InFlight
 from checkpointing.save import SaveResult, collect, mark_best
-from checkpointing.save_folder import from_rank_0
+from checkpointing.save_folder import from_rank_0, read_pointer, write_pointer
 from dataprep.tokenizers import TOKENIZER_FILES
 from errors import UserError
 from training.averages import weights_to_use
 from training.description import git_commit, versions
 from training.loading import checkpoint_parts
-from training.run_files import read_history
+from training.metrics import Figures
+from training.run_files import number, read_history
 
 MAX_FAILED_SAVES = 3  # in a row, before the run gives up
 
@@ -38,19 +40,23 @@ class Saves:
     failed: int = 0  # in a row, the last one for this reason
     reason: str = ""
     due: bool = False  # for its own sake; a run's last one, and what hooks ask for, is the loop's to know
-    best_loss: float | None = None
+    best: float | None = None  # the figure of the best, less is better; None before the first look
     _in_flight: tuple[int, InFlight[SaveResult]] | None = None
     _through: bool = False  # as all ranks know
+    _begun: float = field(default_factory=time.monotonic)  # the newest, or the run
     _room: HostRoom = field(default_factory=HostRoom)
 
     def save(self, run: Any, step: int) -> None:
         """Write the checkpoint of this step. UserError where one cannot be written, and it is one too many or the last."""
         self.settle(run)
+        self._recall_best(run, step)  # before old ones are deleted
         run.hooks.save = self.due = False
+        self._begun = time.monotonic()
         run.log.status("saving", step)
         checkpoint = collect(
             run.config.save_dir, step, model=run.model, optimizers=run.optimizers, state=_state(run), files=_files(run),
-            keep_checkpoints=run.config.keep_checkpoints, stop_ids=run.data.stop_ids,
+            keep_checkpoints=run.config.keep_checkpoints, keep_every=run.config.keep_every,
+            keep_optimizer=run.config.keep_optimizer, stop_ids=run.data.stop_ids,
             **checkpoint_parts(run.config, run.model, run.ema),
         )  # fmt: skip
         self.step = step
@@ -86,12 +92,15 @@ class Saves:
 
     # ---------------------------------------------------------------------------------------------------- in the loop
 
-    def news(self) -> list[float]:
+    def news(self, run: Any) -> list[float]:
         """What rank 0 alone knows, 0 on the others: numbers to be summed over the ranks, for `hear`."""
-        return [float(self._in_flight is not None and self._in_flight[1].is_done)]
+        minutes, written = run.config.save_every_minutes, self._in_flight is not None and self._in_flight[1].is_done
+        is_time = run.ranks.is_main and minutes is not None and time.monotonic() - self._begun >= 60 * minutes
+        return [float(written), float(is_time)]
 
     def hear(self, news: list[float]) -> None:
         self._through = news[0] > 0
+        self.due |= news[1] > 0
 
     def after_step(self, run: Any, step: int) -> None:
         """What a step's end brings: the news of a checkpoint that is on the disk by now, and that another is due."""
@@ -121,21 +130,50 @@ class Saves:
 
     # ------------------------------------------------------------------------------------------------------- the best
 
-    def mark_if_best(self, run: Any, step: int, loss: float) -> None:
-        """Point `best` at this step's checkpoint if no evaluation of this run was lower."""
-        is_lower, save_dir = False, Path(run.config.save_dir)
-        checkpoint = save_dir / f"checkpoint_step_{step}"
-        if run.ranks.is_main:
-            if self.best_loss is None:  # of an earlier part of this run; the row of this step is already among them
-                earlier = [row["val_loss"] for row in read_history(save_dir).evals if row["step"] != step]
-                self.best_loss = min((value for value in earlier if value is not None), default=math.inf)
-            is_lower = loss < self.best_loss
-        if not run.ranks.sum([float(is_lower)])[0]:
+    def mark_if_best(self, run: Any, step: int, row: Figures) -> None:
+        """Point `best` at this step's checkpoint if no other one has as good a figure. UserError for one that there is not.
+
+        row: all that the evaluation of this step gave; the first rank's counts.
+        """
+        save_dir, figure = Path(run.config.save_dir), run.config.best_figure
+
+        def is_better() -> bool:
+            if figure not in row and run.config.best_metric is not None:
+                there_is = ", ".join(row) or "no figures"
+                raise UserError(f"--best_metric {run.config.best_metric}: evaluations of this run give {there_is}")
+            self._recall_best(run, step)
+            assert self.best is not None
+            return _badness(run, row.get(figure)) < self.best
+
+        if not from_rank_0(is_better):
             return
         self.settle(run)
+        checkpoint = save_dir / f"checkpoint_step_{step}"
         if from_rank_0(checkpoint.is_dir):
-            self.best_loss = loss
+            self.best = _badness(run, row.get(figure))
             mark_best(save_dir, checkpoint)
+
+    def _recall_best(self, run: Any, step: int) -> None:
+        """On rank 0, once: which checkpoint from before this step is the best, as the evaluations say that came after them.
+
+        `best` is set right, too: a run may have been killed before it was, or have had another --best_metric.
+        """
+        if self.best is not None or not run.ranks.is_main:
+            return
+        save_dir, self.best, best = Path(run.config.save_dir), math.inf, None
+        for row in read_history(save_dir).evals:
+            badness, path = _badness(run, row.get(run.config.best_figure)), save_dir / f"checkpoint_step_{row['step']}"
+            if row["step"] < step and badness < self.best and path.is_dir():
+                self.best, best = badness, path
+        if best is not None and read_pointer(save_dir, "best") != best:
+            with contextlib.suppress(OSError):
+                write_pointer(save_dir, "best", best.name)
+
+
+def _badness(run: Any, value: Any) -> float:
+    """A figure so that less is better; infinite where there is none."""
+    value = number(value)
+    return math.inf if math.isnan(value) else -value if run.config.higher_is_better else value
 
 
 def _state(run: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 
 from checkpointing import save_folder
 from checkpointing.load import Resolved, load_model, load_state, resolve_checkpoint
+from checkpointing.retention import remove_optimizer
 from checkpointing.save_folder import list_checkpoints, verify_checkpoint
 from errors import UserError
 from tests.checkpointing.test_checkpoints import assert_same_bits, everything, load, save, tiny_run, train
@@ -127,12 +128,14 @@ def killed_before_storage_call(number, action):
         ("a new step", {(".del",)}),
         ("the same step with other weights", {(".old", ".tmp"), (".old",)}),
         ("the same step, broken", {(".del", ".tmp"), (".del",)}),
+        ("an old optimizer", {(".tmp",)}),
     ],
 )
 def test_killed_between_any_two_storage_calls_of_a_save(tmp_path, case, hardest):
     """Whatever the moment: a whole checkpoint is found, of no earlier step than before; the next start cleans up."""
     old, new = trained_run(seed=0), trained_run(seed=1)
-    step = 2 if case == "a new step" else 1
+    step = 2 if case in ("a new step", "an old optimizer") else 1
+    keep = {"keep_checkpoints": 0, "keep_optimizer": "last"} if case == "an old optimizer" else {"keep_checkpoints": 1}
     if case == "the same step, broken":
         save(tmp_path, 0, old)
     moments = set()
@@ -142,12 +145,14 @@ def test_killed_between_any_two_storage_calls_of_a_save(tmp_path, case, hardest)
         save(tmp_path, 1, old, keep_checkpoints=0)
         if case == "the same step, broken":
             os.truncate(tmp_path / "checkpoint_step_1" / "config.json", 5)
-        was_killed = killed_before_storage_call(number, lambda: save(tmp_path, step, new, keep_checkpoints=1))
+        was_killed = killed_before_storage_call(number, lambda: save(tmp_path, step, new, **keep))
         moments.add(tuple(sorted(name.split("_")[0] for name in leftovers(tmp_path))))
+        if case == "an old optimizer":
+            assert [verify_checkpoint(path) for _, path in list_checkpoints(tmp_path)] in ([None], [None, None])
         with save_folder.lock(tmp_path):
             save_folder.clean(tmp_path)
         assert leftovers(tmp_path) == []
-        found = resolve_checkpoint("latest", tmp_path)
+        found = resolve_checkpoint("latest", tmp_path, to_go_on=True)
         assert found.path is not None
         again = tiny_run(seed=9)
         load(found.path, again)
@@ -157,6 +162,7 @@ def test_killed_between_any_two_storage_calls_of_a_save(tmp_path, case, hardest)
         assert found_step >= (0 if case == "the same step, broken" else 1)
         if not was_killed:
             assert found_step == step and new_is_there
+            assert case != "an old optimizer" or not (tmp_path / "checkpoint_step_1/optimizer.safetensors").exists()
             break
     assert number > 25
     assert moments >= {(), (".tmp",), *hardest}
@@ -269,9 +275,12 @@ def test_one_flipped_bit_is_named_and_the_one_before_is_used(two_checkpoints, na
     assert_falls_back(two_checkpoints, f"{name}: checksum mismatch")
 
 
-def test_no_flipped_bit_of_the_manifest_goes_unnoticed(two_checkpoints):
+@pytest.mark.parametrize("without_optimizer", [False, True])
+def test_no_flipped_bit_of_the_manifest_goes_unnoticed(two_checkpoints, without_optimizer):
     """One random bit of every byte. The checksums of the files stand in it, so nothing else protects it."""
     folder = two_checkpoints / "checkpoint_step_2"
+    if without_optimizer:
+        remove_optimizer(folder)
     good = (folder / "manifest.json").read_bytes()
     chance = random.Random(0)
     for position in range(len(good) - 1):  # the newline at the end says nothing

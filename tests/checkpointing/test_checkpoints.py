@@ -408,6 +408,45 @@ def test_the_checkpoint_just_written_is_never_the_one_deleted(tmp_path):
     assert steps_in(tmp_path) == [3, 8, 9]
 
 
+def test_every_third_stays_for_ever_beside_the_newest_and_the_best(tmp_path):
+    run = tiny_run()
+    for step in range(1, 11):
+        result = save(tmp_path, step, run, keep_checkpoints=2, keep_every=3)
+        if step == 4:
+            mark_best(tmp_path, result.path)
+    assert steps_in(tmp_path) == [3, 4, 6, 9, 10]
+
+
+def test_only_the_newest_keeps_its_optimizer_state_and_all_stay_whole(tmp_path):
+    """The others are models as before, and what is left of a removal that was cut short goes with the next."""
+    run = tiny_run()
+    paths = []
+    for step in (1, 2, 3):
+        train(*run, range(1))
+        paths.append(save(tmp_path, step, run, keep_optimizer="last").path)
+        mark_best(tmp_path, paths[0])
+    assert [(path / "optimizer.safetensors").exists() for path in paths] == [False, False, True]
+    assert [verify_checkpoint(path) for path in paths] == [None] * 3
+    assert resolve_checkpoint(paths[0], tmp_path).path == paths[0]
+    again = tiny_run(seed=7)
+    load_model(paths[2], again[0])
+    assert_same_bits(model_tensors(again[0]), model_tensors(run[0]))
+    with pytest.raises(UserError) as refused:
+        resolve_checkpoint("best", tmp_path, to_go_on=True)
+    assert str(refused.value) == (
+        f"checkpoint {paths[0]} cannot be used: its optimizer state was removed (--keep_optimizer last), so no run can go on "
+        f"from it; start a new one from its weights with --init_from {paths[0]} and another --save_dir"
+    )
+    (paths[1] / "optimizer.safetensors").write_bytes(b"cut short")
+    os.truncate(paths[2] / "model.safetensors", 10)
+    found = resolve_checkpoint("latest", tmp_path, to_go_on=True)
+    assert found.path is None and [path for path, _ in found.skipped] == paths[::-1]
+    assert resolve_checkpoint("latest", tmp_path).path == paths[1]
+    save(tmp_path, 4, run, keep_optimizer="last")
+    assert not (paths[1] / "optimizer.safetensors").exists() and verify_checkpoint(paths[1]) is None
+    assert (paths[2] / "optimizer.safetensors").exists()  # of a broken one nothing is touched
+
+
 def test_a_broken_checkpoint_does_not_count_as_kept(tmp_path):
     run = tiny_run()
     for step in (1, 2, 3):
