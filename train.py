@@ -11,11 +11,10 @@
 The story, top to bottom: read the options, open the data, print the plan, build the model, loop, leave.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -44,6 +43,7 @@ from tools.run_plan import run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, git_commit, next_command, versions
+from training.failures import failures_recorded
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, checkpoint_parts, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
@@ -177,22 +177,6 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0), ema=ema,
         learning_rate=saved.get("learning_rate", 0.0), checkpoint=resumed_from,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def failures_recorded(run: "Run") -> Iterator[None]:
-    """Whatever ends the run early is written where `utils.py monitor` reads it; UserError for too little memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        run.log.status("failed", run.step, "out of memory")
-        raise UserError(
-            f"{run.ranks.device} ran out of memory at step {run.step} with micro-batches of {run.plan.micro_batch_size}; "
-            "lower --micro_batch_size (the batch, and so the result, stays the same) and go on with --checkpoint latest"
-        ) from error
-    except BaseException as error:
-        run.log.status("failed", run.step, str(error))
-        raise
 
 
 def loop(run: "Run", stop: StopRequest) -> None:
