@@ -17,7 +17,18 @@ from torch.distributed.rendezvous import rendezvous
 
 from errors import UserError
 
-_TIMEOUT = timedelta(minutes=30)  # the first step of a large compiled model can take minutes on the slowest rank
+_moves = 0
+
+
+def move_on() -> None:
+    """Say that the main thread gets on, in a loop that may be found at one and the same line each time it is looked at."""
+    global _moves
+    _moves += 1
+
+
+def moves() -> int:
+    """How often `move_on` was called."""
+    return _moves
 
 
 @dataclass(frozen=True)
@@ -53,11 +64,13 @@ class Ranks:
         return int(most)
 
 
-def start_ranks(device_name: str) -> Ranks:
+def start_ranks(device_name: str, timeout: float) -> Ranks:
     """Join the process group that torchrun (or any launcher that sets its variables) announces, else be alone.
 
-    device_name: "auto", "cpu", "cuda" or "mps". Raises UserError for a device that is not here.
+    device_name: "auto", "cpu", "cuda" or "mps". timeout: minutes that ranks wait for one another, and some more: who is
+    missing is told first (training/watchdog.py). Raises UserError for a device that is not here.
     """
+    patience = timedelta(minutes=1.25 * timeout + 1)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose_device(device_name, local_rank)
@@ -67,10 +80,10 @@ def start_ranks(device_name: str) -> Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+        store, rank, world_size = next(rendezvous("env://", timeout=patience))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = _of_this_start(store, rank, world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     return Ranks(rank, world_size, device)
 
 

@@ -55,6 +55,7 @@ from training.resume import check_data_order, find_checkpoint
 from training.run_files import read_history
 from training.stage_plan import check_plan, read_as, read_plan
 from training.standing import Pins, stand_on
+from training.watchdog import watched
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
 MAX_FAILED_SAVES = 3
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         check_plan(stages, given)
     elif first_look.checkpoint is None:  # else the checkpoint may still give what is missing
         resolve_config(given)
-    ranks = start_ranks(first_look.device)
+    ranks = start_ranks(first_look.device, first_look.timeout)
     if "config" in given and ranks.is_main:
         for line in read_as(given["config"], given.get("stage")):
             print(line, flush=True)
@@ -97,7 +98,7 @@ def run_stage(
         save_folder.clean(save_dir)
         run = build_run(given, ranks, from_file)
         start_step, stop = run.step, StopRequest()
-        with failures_recorded(run):
+        with failures_recorded(run), watched(run):
             loop(run, stop)
         finished = run.step >= run.config.max_steps or run.hooks.stop
         if run.step > start_step or run.hooks.stop:
@@ -250,6 +251,7 @@ class Run:
     step: int = 0
     samples: int = 0  # consumed so far: the run's position in the data
     tokens: int = 0
+    micro_batch: int = 0  # of the step that is under way
     step_tokens: int = 0  # of the last step, over all ranks
     empty_steps: int = 0  # of which no rank had anything to learn
     learning_rate: float = 0.0  # of the last step
@@ -269,6 +271,7 @@ class Run:
         """Forward and backward over this rank's micro-batches; gradients become those of Σ loss / total_weight over all ranks."""
         sums: Metrics = {}
         for index, (batch, counts) in enumerate(passes := padded(micro_batches, self.model, self.ranks)):
+            self.micro_batch = index
             with gradient_sync(self.model, enabled=index == len(passes) - 1):
                 with self.precision.autocast(self.ranks.device):
                     loss, metrics = self.loss(self.model, batch.to(self.ranks.device))

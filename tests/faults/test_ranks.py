@@ -102,3 +102,68 @@ def test_torchrun_restarts_what_was_killed(root, words, whole, tmp_path):
         process.kill()
     assert process.returncode == 0 and "resumed from" in out, out
     assert digests(run / "checkpoint_step_30") == whole
+
+
+# ---- ranks that stand still ---------------------------------------------------------------------------------------------
+
+HANGS = """
+import time
+
+def on_step(state):
+    if state.step == 5 and {who}:
+        time.sleep(1000)
+"""
+
+SLOW = """
+import time
+
+def on_step(state):
+    for _ in range(10 * (state.step == 3)):
+        time.sleep(0.1)
+        time.sleep(0.1)
+"""
+
+
+def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(words, tmp_path):
+    run = tmp_path / "run"
+    ranks = start_ranks(tmp_path, *words, "--max_steps", 3000, "--save_dir", run, "--timeout", 0.025)
+    wait_for(lambda: len(steps(run)) >= 5)
+    ranks[1].send(signal.SIGSTOP)
+    try:
+        left = ranks[0].wait(30)
+    finally:
+        ranks[1].send(signal.SIGKILL)
+    assert left.code == 1
+    assert "error: rank 1 said nothing for so long: the process is stopped" in left.err
+    assert "in optimizer_step" in left.err and "in optimizer_step" in (run / "stacks_rank_0.txt").read_text()
+    assert "rank 1 said nothing" in json.loads((run / "status.json").read_text())["error"]
+
+
+@pytest.mark.parametrize("world_size", grid([1, 2], [1]))
+def test_a_rank_that_stands_still_in_its_own_code_is_named_with_the_line(world_size, words, tmp_path):
+    hooks = tmp_path / "mine.py"
+    hooks.write_text(HANGS.format(who=f"int(__import__('os').environ.get('RANK', 0)) == {world_size - 1}"))
+    run = tmp_path / "run"
+    given = [*words, "--save_dir", run, "--hooks", hooks, "--timeout", 0.025]
+    ranks = start_ranks(tmp_path, *given) if world_size == 2 else [Forked(tmp_path / "0", given)]
+    ended = [rank.wait(30) for rank in ranks]
+    assert [one.code for one in ended] == [1] * world_size
+    said = ended[0].err + ended[-1].err
+    assert "nothing has moved for" in said if world_size == 1 else "the others wait for rank 1 at mine.py:6" in said
+    for rank in range(world_size):
+        stacks = (run / f"stacks_rank_{rank}.txt").read_text()
+        assert ("mine.py" in stacks) == (rank == world_size - 1) and "in loop" in stacks
+
+
+def test_what_goes_on_slowly_is_left_alone(words, tmp_path):
+    """One rank takes longer over a step than --timeout, and moves all the while; and a run that is stopped as a whole and
+    continued was never hanging."""
+    hooks = tmp_path / "slow.py"
+    hooks.write_text(SLOW)
+    given = [*words, "--max_steps", 8, "--save_dir", tmp_path / "run", "--hooks", hooks, "--timeout", 0.025]
+    slow = Forked(tmp_path / "0", given)
+    wait_for(lambda: len(steps(tmp_path / "run")) >= 2)
+    slow.send(signal.SIGSTOP)
+    subprocess.run(["sleep", "2"], check=True)
+    slow.send(signal.SIGCONT)
+    assert slow.wait(30).code == 0
