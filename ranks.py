@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import secrets
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,10 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from errors import UserError
 
-_TIMEOUT = timedelta(minutes=30)  # the first step of a large compiled model can take minutes on the slowest rank
+_moves = 0
+
+
+def move_on() -> None:
+    """Say that the main thread gets on, in a loop that may be found at one and the same line each time it is looked at."""
+    global _moves
+    _moves += 1
+
+
+def moves() -> int:
+    """How often `move_on` was called."""
+    return _moves
 
 
 @dataclass(frozen=True)
@@ -50,11 +64,13 @@ class Ranks:
         return int(most)
 
 
-def start_ranks(device_name: str) -> Ranks:
+def start_ranks(device_name: str, timeout: float) -> Ranks:
     """Join the process group that torchrun (or any launcher that sets its variables) announces, else be alone.
 
-    device_name: "auto", "cpu", "cuda" or "mps". Raises UserError for a device that is not here.
+    device_name: "auto", "cpu", "cuda" or "mps". timeout: minutes that ranks wait for one another, and some more: who is
+    missing is told first (training/watchdog.py). Raises UserError for a device that is not here.
     """
+    patience = timedelta(minutes=1.25 * timeout + 1)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose_device(device_name, local_rank)
@@ -64,8 +80,46 @@ def start_ranks(device_name: str) -> Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store, rank, world_size = next(rendezvous("env://", timeout=patience))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = _of_this_start(store, rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     return Ranks(rank, world_size, device)
+
+
+def _of_this_start(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """What in torchrun's store belongs to this start of the ranks alone. Every rank calls it.
+
+    torchrun keeps one store over all restarts, and gloo, without this, waits there for ranks that are dead
+    (pytorch#135712). No number of restarts names a start: on each machine torchrun counts its own. So rank 0 names it, and
+    tells every rank that asks; what the dead have asked is answered, too, and read by nobody.
+    """
+    if rank:
+        me = secrets.token_hex(8)
+        store.set(f"groundup/asks/{rank}", me)
+        name = store.get(f"groundup/answer/{me}").decode()
+        store.set(f"groundup/{name}/heard/{rank}", "")
+    else:
+        name, deaf = secrets.token_hex(8), set(range(1, world_size))
+        while deaf:
+            for other in deaf:
+                asks = store.get(f"groundup/asks/{other}").decode()  # waits for its first
+                store.set(f"groundup/answer/{asks}", name)
+            deaf = {other for other in deaf if not store.check([f"groundup/{name}/heard/{other}"])}
+            time.sleep(0.02 if deaf else 0)
+    return dist.PrefixStore(f"groundup/{name}", store)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """The sentence for an error that another rank's end has caused; None for any other error."""
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    if not by_gloo and not isinstance(error, dist.DistError):
+        return None
+    reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". This is typically")[0]
+    return (
+        f"another rank has ended, or does not answer ({reason}): its own output says why; go on with --checkpoint latest, "
+        "which torchrun --max-restarts does by itself"
+    )
 
 
 def stop_ranks(ranks: Ranks, exit_code: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ranks import Ranks
+from ranks import Ranks, move_on
 
 T = TypeVar("T")
 
@@ -78,13 +78,16 @@ def in_step(batches: Iterable[T], model: nn.Module, ranks: Ranks, idle: Callable
     go on with their last one, or with what `idle` gives where there was none, and it does not count.
     """
     if not is_sharded(model):
-        yield from ((batch, True) for batch in batches)
+        for one in batches:
+            move_on()
+            yield one, True
         return
     own, last = iter(batches), None
     while True:
         batch = next(own, None)
         if not ranks.sum([float(batch is not None)])[0]:
             break
+        move_on()
         last = batch if batch is not None else last if last is not None else idle()
         yield last, batch is not None
     reshard(model)

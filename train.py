@@ -11,10 +11,9 @@
 The story, top to bottom: read the options, open the data, print the plan, build the model, loop, leave.
 """
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -43,6 +42,7 @@ from tools.run_plan import run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, next_command
+from training.failures import failures_recorded
 from training.garbage import collect_garbage, own_collection
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, make_ema, make_optimizers, read_base_shape, reward_adapter
@@ -56,6 +56,7 @@ from training.resume import check_data_order, find_checkpoint
 from training.saving import Saves
 from training.stage_plan import check_plan, read_as, read_plan
 from training.standing import Pins, stand_on
+from training.watchdog import watched
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
 CHECK_INTERVAL = 10  # steps between looks at the device-side count of bad steps, where no log line looks anyway
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         check_plan(stages, given)
     elif first_look.checkpoint is None:  # else the checkpoint may still give what is missing
         resolve_config(given)
-    ranks = start_ranks(first_look.device)
+    ranks = start_ranks(first_look.device, first_look.timeout)
     if "config" in given and ranks.is_main:
         for line in read_as(given["config"], given.get("stage")):
             print(line, flush=True)
@@ -97,7 +98,7 @@ def run_stage(
         save_folder.clean(save_dir)
         run = build_run(given, ranks, from_file)
         start_step, stop = run.step, StopRequest()
-        with own_collection(), failures_recorded(run), run.saves.finished_alone(run):
+        with own_collection(), failures_recorded(run), run.saves.finished_alone(run), watched(run):
             loop(run, stop)
         finished = run.step >= run.config.max_steps or run.hooks.stop
         if run.step > start_step or run.hooks.stop:
@@ -181,22 +182,6 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def failures_recorded(run: "Run") -> Iterator[None]:
-    """Whatever ends the run early is written where `utils.py monitor` reads it; UserError for too little memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        run.log.status("failed", run.step, "out of memory")
-        raise UserError(
-            f"{run.ranks.device} ran out of memory at step {run.step} with micro-batches of {run.plan.micro_batch_size}; "
-            "lower --micro_batch_size (the batch, and so the result, stays the same) and go on with --checkpoint latest"
-        ) from error
-    except BaseException as error:
-        run.log.status("failed", run.step, str(error))
-        raise
-
-
 def loop(run: "Run", stop: StopRequest) -> None:
     """Train from run.step to --max_steps, or until a rank was asked to stop; that step is finished and saved first."""
     config, log = run.config, run.log
@@ -274,6 +259,7 @@ class Run:
     step: int = 0
     samples: int = 0  # consumed so far: the run's position in the data
     tokens: int = 0
+    micro_batch: int = 0  # of the step that is under way
     step_tokens: int = 0  # of the last step, over all ranks
     empty_steps: int = 0  # of which no rank had anything to learn
     learning_rate: float = 0.0  # of the last step
@@ -290,6 +276,7 @@ class Run:
         """Forward and backward over this rank's micro-batches; gradients become those of Σ loss / total_weight over all ranks."""
         sums: Metrics = {}
         for index, (batch, counts) in enumerate(passes := padded(micro_batches, self.model, self.ranks)):
+            self.micro_batch = index
             with gradient_sync(self.model, enabled=index == len(passes) - 1):
                 with self.precision.autocast(self.ranks.device):
                     loss, metrics = self.loss(self.model, batch.to(self.ranks.device))

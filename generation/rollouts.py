@@ -25,7 +25,7 @@ from batches.sampler import SAMPLER_VERSION, hash_key, locate, permute, splitmix
 from errors import UserError
 from kernels.linear_cross_entropy import TokenStatistics, token_statistics
 from model import KVCache, Transformer
-from ranks import Ranks
+from ranks import Ranks, move_on
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
 _ROLLOUT_KEY, _ORDER_KEY = 10, 11  # what a key is for, so that no two uses share random numbers
@@ -131,6 +131,7 @@ def _roll_out_batch(
     cache = KVCache(model.config, rows, total, device=device, dtype=dtype)
     step_ids = tokens[:, : int(sizes.min())]
     for position in range(int(sizes.min()), total):
+        move_on()
         # forward, not a call: a model compiled in place would compile anew for every length
         hidden = model.forward(step_ids, cache=cache)
         logits = model.logits(hidden[:, -1])[:, : sampling.vocab_size]  # (rows, V) fp32
@@ -217,6 +218,7 @@ def figures_of(
     """
     results: list[dict[str, np.ndarray]] = []
     for batch in pack([[s] for s in sequences], max_length=max_length, micro_batch_size=micro_batch_size):
+        move_on()
         figures = {name: value.float().cpu().numpy() for name, value in function(batch.to(device)).items()}
         assert batch.sequence_ids is not None
         sequence_ids = batch.sequence_ids.numpy()

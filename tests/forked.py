@@ -53,11 +53,12 @@ def _run(streams: tuple[Path, Path], words: list[str], environment: dict[str, st
     run_script(lambda: train.main(words))
 
 
-def start_ranks(folder: Path, *words: object, world_size: int = 2) -> list[Forked]:
+def start_ranks(folder: Path, *words: object, world_size: int = 2, **environment: str) -> list[Forked]:
+    """One process a rank, as a launcher starts them; `environment` adds to what it says, or says it otherwise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
     return [
         Forked(folder / str(rank), list(words), RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(world_size)

@@ -55,12 +55,8 @@ ALTERNATIVES = (
     ("train_file", "data_dir"), ("eval_iter", "eval_tokens"), ("optimizer_file", "optimizer"), ("num_epochs", "max_steps"),
 )  # fmt: skip
 SHARDED_OPTIMIZERS = ("adamw", "muon", "lion", "sgd")  # whose updates need no more than Muon gathers
-_NOT_RESUMED = (
-    "checkpoint",
-    "save_dir",
-    "device",
-    "profile",
-)  # where a run goes on is said anew, and what is looked at
+# where a run goes on is said anew, what is looked at, and how long is waited
+_NOT_RESUMED = ("checkpoint", "save_dir", "device", "profile", "timeout")
 # what a first run is asked for: the flags that `--help` alone shows
 _FIRST_FLAGS = (
     "stage", "init_from", "data_dir", "train_data", "lora", "preset", "batch_size", "max_steps", "learning_rate",

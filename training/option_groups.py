@@ -486,6 +486,7 @@ class RunOptions:
     sample_tokens: int = option("tokens of that sample", 100, bound=NOT_NEGATIVE, read_by=Runs("runs with a --sample_prompt", lambda c: bool(c.sample_prompt)))
     log_to: list[str] = option("where figures, samples and events go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow or csv, also several of them (docs/monitor.md)", [], choices=LOGGERS)
     hooks: list[str] = option("files of your own functions on_start, on_step, on_evaluate, on_checkpoint and on_finish, which look at the run and steer it (docs/extending.md)", [])
+    timeout: float = option("minutes that a rank may stand still, or be waited for, before the stacks of all ranks are shown and the run ends, so that torchrun restarts it (docs/hangs.md)", 30.0, bound=POSITIVE)
     seed: int = option("of the initial weights and of the data order", 0)
 
     @property

@@ -14,8 +14,8 @@ from training.mixture import check_mixture
 def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
     """(the checkpoint to resume from or None, its saved state). A worker that torchrun restarted resumes by itself."""
     which = config.checkpoint
-    if which is None and was_restarted():
-        which = "latest"
+    if was_restarted() and (which is None or list_checkpoints(config.save_dir)):
+        which = "latest"  # whatever the first start went on from, this one goes on from what was saved since
     if which is None:
         if existing := list_checkpoints(config.save_dir):
             raise UserError(
