@@ -41,10 +41,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         self.expert_size, self.experts_per_token, self.normalise = expert_size, experts_per_token, normalise
 
-    def forward(self, x: Tensor, implementation: str, with_routing: bool) -> tuple[Tensor, Routing | None]:
-        """(B, T, H) of x (B, T, H), and what the router did, with_routing. implementation: of SwiGLU."""
+    def forward(
+        self, x: Tensor, implementation: str, with_routing: bool, num_real: int | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """(B, T, H) of x (B, T, H), and what the router did, with_routing. implementation: of SwiGLU. num_real: how many tokens
+        of a row, the first, are none that another stands for; None: all."""
         batch, length, hidden = x.shape
-        shares, chosen, routing = self.route(x, with_routing)  # (B·T, k) twice
+        shares, chosen, routing = self.route(x, with_routing, num_real)  # (B·T, k) twice
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         counts = counts.index_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
         order = chosen.flatten().argsort(stable=True)  # the copies of tokens, by expert
@@ -67,7 +70,9 @@ class Experts(nn.Module):
         """`grouped_linear` of x with "gate_up_proj" or "down_proj" in x's dtype."""
         return grouped_linear(x, getattr(self, stack).to(x.dtype), ends, implementation=way)
 
-    def route(self, x: Tensor, with_routing: bool) -> tuple[Tensor, Tensor, Routing | None]:
+    def route(
+        self, x: Tensor, with_routing: bool, num_real: int | None = None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
         """(shares, experts), each (B·T, k), of the experts that work on each token, the largest share first."""
         batch, length, _ = x.shape
         with torch.autocast(x.device.type, enabled=False):
@@ -77,8 +82,10 @@ class Experts(nn.Module):
         shares, chosen = probs.topk(self.experts_per_token, dim=-1)
         routing = None
         if with_routing:
-            counts = torch.zeros_like(probs[:, 0]).scatter_add(1, chosen.flatten(1), torch.ones_like(shares).flatten(1))
-            routing = Routing(counts.detach(), probs.sum(1), logits.logsumexp(-1).square().sum(1))
+            met = chosen[:, :num_real].flatten(1)  # (B, T·k)
+            counts = torch.zeros_like(probs[:, 0]).scatter_add(1, met, torch.ones_like(met, dtype=probs.dtype))
+            z = logits[:, :num_real].logsumexp(-1).square().sum(1)
+            routing = Routing(counts.detach(), probs[:, :num_real].sum(1), z)
         if self.normalise:
             shares = shares / shares.sum(-1, keepdim=True)
         return shares.view(batch * length, -1), chosen.view(batch * length, -1), routing

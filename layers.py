@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from context import RowShare
 from errors import UserError
 from experts import Experts, Routing
 from kernels.attention import attention
@@ -37,7 +38,8 @@ class Shared(NamedTuple):
 
     rotary: cos and sin by kind of layer; empty where no layer turns. masks: who may see whom, by kind of layer.
     cache: what keys and values are appended to. dropout: its probability, and token_keys (B, T), which decide on it.
-    with_routing: whether blocks say what their routers did.
+    with_routing: whether blocks say what their routers did. share: of rows that several ranks share, this one's tokens, which
+    are then all that T stands for.
     """
 
     rotary: dict[str, tuple[Tensor, Tensor]]
@@ -47,6 +49,7 @@ class Shared(NamedTuple):
     dropout: float = 0.0
     token_keys: Tensor | None = None
     with_routing: bool = False
+    share: RowShare | None = None
 
     def dropped(self, x: Tensor, stream: int) -> Tensor:
         """x with elements zeroed as dropout says; `stream` is another number for each use."""
@@ -192,6 +195,8 @@ class Attention(nn.Module):
             q, k = self.turned(q, k, shared)
         if shared.cache is not None:
             k, v = shared.cache.append(self.layer, k, v)  # (B, S, K, D)
+        if shared.share is not None:
+            k, v = shared.share.gather(torch.cat([k, v], dim=2)).chunk(2, dim=2)  # those of whole rows, (B, S, K, D)
         out = attention(q, k, v, mask=shared.masks[self.kind], scale=self.scale, softcap=self.softcap)  # (B, T, A, D)
         return self.o_proj(out.reshape(batch, length, -1))
 
@@ -261,7 +266,8 @@ class MixtureMLP(Experts):
         )  # fmt: skip
 
     def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Routing | None]:  # type: ignore[override]  # as MLP's
-        return super().forward(x, shared.kernels.swiglu, shared.with_routing)
+        num_real = None if shared.share is None else shared.share.num_real
+        return super().forward(x, shared.kernels.swiglu, shared.with_routing, num_real)
 
 
 def activation(x: Tensor, name: str) -> Tensor:

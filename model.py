@@ -21,13 +21,22 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from context import Context, RowShare
 from errors import UserError
 from experts import Routing
 from families.common import INIT_STD
 from families.weights import canonical_name, stored_views
-from kernels.attention_masks import AttentionMask, document_ids, document_mask, document_positions, row_mask
+from kernels.attention_masks import (
+    AttentionMask,
+    document_ids,
+    document_mask,
+    document_positions,
+    row_mask,
+    share_mask,
+)
 from kernels.choice import KernelChoice
 from kernels.linear import linear
+from kernels.linear_cross_entropy import LossSums, TokenStatistics, linear_cross_entropy, token_statistics
 from kernels.rotary import BY_LENGTH, rotary_tables
 from layers import Block, PredictionHead, Shared, compute_dtype, norm_of
 from model_config import FULL, SLIDING, ModelConfig
@@ -39,6 +48,7 @@ from sharding import fill
 _PLAIN = KernelChoice()
 _CUT = 3.0  # standard deviations
 _BIAS_COLUMNS = 8  # of which one is the bias: rows stay aligned for the matrix product
+_NO_TARGET = -100  # what linear_cross_entropy leaves out
 
 
 class Body(nn.Module):
@@ -68,7 +78,8 @@ class Transformer(nn.Module):
     `with torch.device("meta"): model = Transformer(config)`, then `model.to_empty(device=…)`, then `init_weights`.
     `kernels` says what its operations run on (kernels/choice.py); by default plain PyTorch. It may be set later, as may
     `dropout`: the probability in training mode, after the embedding and after each sub-layer (not of attention's
-    probabilities), decided by `token_keys` (B, T), which adapters.lora.set_token_keys sets.
+    probabilities), decided by `token_keys` (B, T), which adapters.lora.set_token_keys sets. With a `context` several ranks
+    share rows (context.py): each gives `forward`, and the loss, all of them, and gets the same result.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelChoice = _PLAIN):
@@ -77,6 +88,7 @@ class Transformer(nn.Module):
         self.kernels = kernels
         self.dropout = 0.0
         self.token_keys: Tensor | None = None
+        self.context: Context | None = None
         # gives the head's weight where some rows of it alone learn (adapters/token_rows.py)
         self.head_gradient: Callable[[nn.Module], Tensor] | None = None
         self.model = Body(config)
@@ -128,11 +140,16 @@ class Transformer(nn.Module):
             positions = document_positions(cu_seqlens, batch, length)
         elif positions is None:
             positions = torch.arange(past, past + length, device=input_ids.device)[None]  # (1, T)
+        share = None
+        if self.context is not None and cache is None:
+            share = self.context.share(length, input_ids.device)  # T is now this rank's share of the tokens
+            input_ids, positions = share.take(input_ids), share.take(positions)
+            token_types = None if token_types is None else share.take(token_types)
         x = self.embedded(input_ids, positions, token_types)  # (B, T, H)
         shared = Shared(
-            self._rotary(positions, past + length, cu_seqlens),
-            self._masks(x, past, cu_seqlens, max_seqlen),
-            cache, self.kernels, self.dropout if self.training else 0.0, self.token_keys, with_routing,
+            self._rotary(positions, past + length, cu_seqlens, share),
+            self._masks(x, past, length, cu_seqlens, max_seqlen, share),
+            cache, self.kernels, self.dropout if self.training else 0.0, self.token_keys, with_routing, share,
         )  # fmt: skip
         x, update = shared.dropped(x, 2 * self.config.num_hidden_layers), None
         routing: list[Routing] = []
@@ -144,6 +161,10 @@ class Transformer(nn.Module):
         if self.config.final_norm:
             x, update = self.model.norm.add(x, update, self.kernels.rms_norm)[0], None
         hidden = x if update is None else x + update
+        if share is not None:
+            assert self.context is not None
+            hidden = share.gather(hidden)  # of all tokens again
+            routing = [Routing(*(self.context.sum(part) for part in layer)) for layer in routing]
         return (hidden, routing) if with_routing else hidden
 
     def embedded(self, input_ids: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
@@ -161,9 +182,9 @@ class Transformer(nn.Module):
         return body.embed_norm.in_its_dtype(x) if config.embedding_norm else x
 
     def _rotary(
-        self, positions: Tensor, length: int, cu_seqlens: Tensor | None
+        self, positions: Tensor, length: int, cu_seqlens: Tensor | None, share: RowShare | None
     ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-        """cos and sin of each kind of layer, each (B or 1, T, D/2) fp32."""
+        """cos and sin of each kind of layer, each (B or 1, T, D/2) fp32, in rows of `length` tokens."""
         config = self.config
         if config.position_embedding != "rotary":
             return {}
@@ -171,7 +192,8 @@ class Transformer(nn.Module):
         if config.rope_scaling is not None and config.rope_scaling["rope_type"] in BY_LENGTH:
             lengths = torch.full_like(positions, length)
             if cu_seqlens is not None:
-                lengths = cu_seqlens.diff()[document_ids(cu_seqlens, *positions.shape)]
+                lengths = cu_seqlens.diff()[document_ids(cu_seqlens, len(positions), length)]
+                lengths = lengths if share is None else share.take(lengths)
         tables = {}
         for kind in config.layer_kinds():
             theta, scaling = config.rope_theta, config.rope_scaling
@@ -181,18 +203,27 @@ class Transformer(nn.Module):
         return tables
 
     def _masks(
-        self, x: Tensor, past: int, cu_seqlens: Tensor | None, max_seqlen: int | None
+        self,
+        x: Tensor,
+        past: int,
+        length: int,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        share: RowShare | None,
     ) -> dict[str, AttentionMask | None]:
-        """Who may see whom in each kind of layer, for the embedded tokens (B, T, H) after `past` ones in a cache."""
-        batch, length, _ = x.shape
-        masks = {}
+        """Who may see whom in each kind of layer, for the embedded tokens (B, T, H) after `past` ones in a cache, or for a share
+        of rows of `length` tokens."""
+        batch = len(x)
+        masks: dict[str, AttentionMask | None] = {}
         for kind in self.config.layer_kinds():
             settings: dict[str, Any] = {
                 "dtype": compute_dtype(x), "backend": self.kernels.attention, "causal": self.config.causal,
                 "window": self.config.sliding_window if kind == SLIDING else None,
                 "softcap": self.config.attn_logit_softcapping is not None,
             }  # fmt: skip
-            if cu_seqlens is None:
+            if share is not None:
+                masks[kind] = share_mask(share.places, cu_seqlens, batch, length, **settings)
+            elif cu_seqlens is None:
                 masks[kind] = row_mask(length, past + length, x.device, **settings)
             else:
                 masks[kind] = document_mask(cu_seqlens, batch, length, max_seqlen=max_seqlen, **settings)
@@ -207,7 +238,7 @@ class Transformer(nn.Module):
         return self.seq_relationship(self.pooled(first)).float()
 
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, w) of which x wᵀ are the logits before their softcap, for hidden states (…, H): what a loss is given.
+        """(x, w) of which x wᵀ are the logits before their softcap, for hidden states (…, H).
 
         A masked language model's bias is one more column of w, beside a one in x.
         """
@@ -222,6 +253,40 @@ class Transformer(nn.Module):
         return torch.cat([x, ones], dim=-1), torch.cat(
             [self.head_weight, F.pad(self.head.bias[:, None], (0, _BIAS_COLUMNS - 1))], dim=1
         )
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossSums:
+        """`linear_cross_entropy` of the logits of hidden states (N, H), for targets (N,) int64."""
+        hidden, targets, _ = self._shared_out(hidden, targets)
+        sums = linear_cross_entropy(
+            *self.head_inputs(hidden), targets,
+            softcap=self.softcap, z_loss=z_loss, implementation=self.kernels.linear_cross_entropy,
+        )  # fmt: skip
+        return sums if self.context is None else LossSums(*(self.context.sum(one) for one in sums))
+
+    def token_statistics(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None
+    ) -> TokenStatistics:
+        """`token_statistics` of the logits of hidden states (N, H), or of the first vocab_size of them, for targets (N,)."""
+        hidden, targets, share = self._shared_out(hidden, targets)
+        states, weight = self.head_inputs(hidden)
+        found = token_statistics(
+            states, weight[:vocab_size], targets,
+            temperature=temperature, softcap=self.softcap, implementation=self.kernels.linear_cross_entropy,
+        )  # fmt: skip
+        return found if share is None else TokenStatistics(*(share.gather(one[None])[0] for one in found))
+
+    def _shared_out(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, RowShare | None]:
+        """Hidden states and targets of the tokens whose logits this rank computes: all, but where ranks share rows."""
+        if self.context is None:
+            return hidden, targets, None
+        share = self.context.share(len(targets), targets.device)
+        targets = targets[share.places]
+        targets[share.num_real :] = _NO_TARGET
+        return hidden[share.places], targets, share
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Of figures (B, T, …) of tokens those that this rank computes: all, but where ranks share rows."""
+        return x if self.context is None else self.context.share(x.shape[1], x.device).take(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, V) fp32 logits of hidden states (…, H). For sampling and tests; training uses linear_cross_entropy."""

@@ -33,15 +33,33 @@ def moves() -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its global number, how many there are, and the device it computes on."""
+    """This process among all: its global number, how many there are, and the device it computes on.
+
+    sharing: how many ranks, neighbours, work on each micro-batch together (context and tensor parallelism). Whoever divides
+    samples, or adds up what was found of them, does so as `data` says; whoever means processes, as in drawing answers, in
+    agreeing on a signal and in what a user's hooks see, does without.
+    alike, place: of `data` alone: how many processes are this one rank, and which of them this is.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    sharing: int = 1
+    alike: int = 1
+    place: int = 0
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.rank == self.place == 0
+
+    @property
+    def data(self) -> "Ranks":
+        """The ranks as samples are divided among them: those that share a micro-batch are one, and what each of them adds to a
+        sum, alike, counts once."""
+        sharing = self.sharing
+        return Ranks(
+            self.rank // sharing, self.world_size // sharing, self.device, alike=sharing, place=self.rank % sharing
+        )
 
     def part(self, count: int) -> slice:
         """This rank's contiguous part of `count` things."""
@@ -49,15 +67,15 @@ class Ranks:
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over all ranks of host numbers, in float64 on the CPU: no device has to wait for it."""
-        if self.world_size == 1:
+        if self.world_size * self.alike == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
-        return total.tolist()
+        return (total / self.alike).tolist()
 
     def largest(self, value: int) -> int:
         """The largest of all ranks' values."""
-        if self.world_size == 1:
+        if self.world_size * self.alike == 1:
             return value
         most = torch.tensor(value)
         dist.all_reduce(most, dist.ReduceOp.MAX)

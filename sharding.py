@@ -55,10 +55,14 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, each rank has all of the model, so that it may use it alone, as to draw answers. Every rank enters.
+    """Inside, each rank has all of the model, and rows to itself, so that it may use it alone, as to draw answers. Every rank
+    enters.
 
     It costs the memory of all weights. Nothing may be trained inside.
     """
+    sharing: dict[Any, Any] = {module: module.context for module in model.modules() if hasattr(module, "context")}
+    for module in sharing:
+        module.context = None
     modules = _sharded_modules(model)
     if modules:  # all of one root, though a part of it, such as PPO's policy, may be the first to compute
         modules[0]._get_fsdp_state()._lazy_init()
@@ -71,6 +75,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(module.reshards, recurse=False)
             module.reshard()
+        for module, context in sharing.items():
+            module.context = context
 
 
 def in_step(batches: Iterable[T], model: nn.Module, ranks: Ranks, idle: Callable[[], T]) -> Iterator[tuple[T, bool]]:

@@ -48,7 +48,7 @@ from training.hooks import Hooks, load_hooks
 from training.loading import build_model, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
 from training.numerics import choose_numerics, machine_lines
-from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets, sharding_of
+from training.parallel import StopRequest, gradient_sync, grouped, prepare_model, settle_gradient_buckets, sharding_of
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
 from training.precision import LossScaler, Precision
 from training.profile import StepProfile
@@ -117,8 +117,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     resumed_from, saved = find_checkpoint(resolve_config(given, validate=False)[0])
     config, origins = resolve_config(given, saved.get("options"), in_plan=from_file is not None)
     origins |= dict.fromkeys(from_file or (), "config file")
-    if config.batch_size < ranks.world_size:
-        raise UserError(f"--batch_size {config.batch_size} is smaller than the number of ranks, {ranks.world_size}")
+    ranks = grouped(ranks, config)
     config, pins, said = stand_on(config, saved, resumed_from)
     hooks = load_hooks(config, saved.get("hooks", {}))
     base = Path(config.init_from) if config.init_from else None
@@ -167,7 +166,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         scaler.load(saved["scaler"])
         if saved["world_size"] == ranks.world_size:
             set_rng_state(saved["rng"][ranks.rank])
-    model = prepare_model(raw_model, ranks, compile_model=config.compile_model)
+    model = prepare_model(raw_model, ranks, compile_model=config.compile_model, context=config.context_parallel)
     ema = make_ema(config, model, optimizers, resumed_from)
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, kernels, attention))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
@@ -216,7 +215,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
 
         to_log = done % config.log_interval == 0 or last or stopping
         if to_log:
-            figures = reduce_metrics(metrics, run.ranks)  # waits for the device: the clock is right from here
+            figures = reduce_metrics(metrics, run.ranks.data)  # waits for the device: the clock is right from here
             log.train(train_row(run, figures | extra, grad_norm, clock))
             clock.restart()
         if to_log or done % CHECK_INTERVAL == 0:
@@ -280,8 +279,9 @@ class Run:
             with gradient_sync(self.model, enabled=index == len(passes) - 1):
                 with self.precision.autocast(self.ranks.device):
                     loss, metrics = self.loss(self.model, batch.to(self.ranks.device))
-                # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone
-                (loss * (self.scaler.scale * (counts * self.ranks.world_size / total_weight))).backward()
+                # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone, but for
+                # that by the ranks of one micro-batch, of which each has the whole loss
+                (loss * (self.scaler.scale * (counts * self.ranks.data.world_size / total_weight))).backward()
             for name, (value, weight) in metrics.items() if counts else ():
                 sums[name] = (sums[name][0] + value, sums[name][1] + weight) if name in sums else (value, weight)
         return sums
@@ -295,7 +295,9 @@ class Run:
         would move them by as much as a step that learns.
         """
         weight, tokens = (float(sum(getattr(b, name) for b in micro_batches)) for name in ("weight", "num_tokens"))
-        total_weight, tokens, stops, *news = self.ranks.sum([weight, tokens, float(stop_here), *self.saves.news(self)])
+        total_weight, tokens, stops, *news = self.ranks.data.sum(
+            [weight, tokens, float(stop_here), *self.saves.news(self)]
+        )
         self.saves.hear(news)
         metrics = self.backward(micro_batches, max(1.0, total_weight))
         grad_norm = self.update_weights(lr_factor) if total_weight else None

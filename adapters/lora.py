@@ -276,9 +276,10 @@ def set_token_keys(model: nn.Module, keys: Tensor) -> None:
     """Let the dropout of every adapter, in training mode, be decided by these keys (B, T) int64 until others are set.
 
     They stay, so that an activation that is computed again in the backward pass gets the same mask. The model's own
-    dropout follows them too.
+    dropout follows them too. Where ranks share rows, each takes those of its own tokens.
     """
     adapters = any(settings.dropout for settings in adapter_settings(model).values())
+    keys = next((module.own_tokens(keys) for module in model.modules() if isinstance(module, Transformer)), keys)
     for module in model.modules():
         if (isinstance(module, LoraLinear) and adapters) or (isinstance(module, Transformer) and module.dropout):
             module.token_keys = keys

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batches.micro_batch import IGNORE_INDEX, MicroBatch
+from batches.micro_batch import MicroBatch
 from batches.packing import Sequence, pack
 from batches.sampler import SAMPLER_VERSION, hash_key, locate, permute, splitmix64
 from errors import UserError
-from kernels.linear_cross_entropy import TokenStatistics, token_statistics
+from kernels.linear_cross_entropy import TokenStatistics
 from model import KVCache, Transformer
 from ranks import Ranks, move_on
 
@@ -190,15 +190,8 @@ def response_statistics(
 
     hidden (B, T, H), targets (B, T). Over the ids that can be drawn only: the vocabulary's padding has no probability.
     """
-    states, weight = policy.head_inputs(hidden.flatten(0, 1))
-    statistics = token_statistics(
-        states,
-        weight[:vocab_size],
-        targets.flatten(),
-        temperature=temperature,
-        ignore_index=IGNORE_INDEX,
-        softcap=policy.softcap,
-        implementation=policy.kernels.linear_cross_entropy,
+    statistics = policy.token_statistics(
+        hidden.flatten(0, 1), targets.flatten(), temperature=temperature, vocab_size=vocab_size
     )
     return TokenStatistics(*(figure.view(targets.shape) for figure in statistics))
 

@@ -74,12 +74,17 @@ def attention(
         return _varlen(q, k, v, mask, scale, softcap)
     if mask.kernel == "flex":
         return _flex(q, k, v, mask.blocks, scale, softcap)
-    if mask.window is not None and q.shape[1] != k.shape[1]:  # keys before every query's window
+    if mask.window is not None and q.shape[1] != k.shape[1] and not _is_over_all(mask, k):  # keys before every window
         reach = mask.window + q.shape[1] - 1
         k, v = k[:, -reach:], v[:, -reach:]
     if softcap is not None:
         return _softcapped(q, k, v, mask.visible, scale, softcap)
     return _sdpa(q, k, v, mask.visible, scale, is_causal=False)
+
+
+def _is_over_all(mask: AttentionMask, k: Tensor) -> bool:
+    """Whether the mask speaks of every key, as that of a share of a row does."""
+    return mask.visible is not None and mask.visible.shape[-1] == k.shape[1]
 
 
 # --------------------------------------------------------------------------------------------------- SDPA, plain PyTorch

@@ -1,6 +1,7 @@
 """Which tokens may a token look at?
 
-`document_mask` answers for packed documents, `row_mask` for rows without documents and for tokens after a cache. A forward
+`document_mask` answers for packed documents, `row_mask` for rows without documents and for tokens after a cache, `share_mask`
+for some tokens of a row, which the other ranks compute with others of it (context.py). A forward
 builds one of them once, and every layer of the same window shares it. The mask also carries what its kernel needs, so that
 `attention` (kernels/attention.py) has nothing to decide.
 
@@ -137,6 +138,34 @@ def row_mask(
     return AttentionMask(visible=visible, window=window, causal=causal)
 
 
+def share_mask(
+    places: Tensor,
+    cu_seqlens: Tensor | None,
+    batch: int,
+    length: int,
+    *,
+    dtype: torch.dtype,
+    window: int | None = None,
+    causal: bool = True,
+    softcap: bool = False,
+    backend: str = "auto",
+) -> AttentionMask:
+    """The mask of queries at `places` (n,) of each row, over the keys of whole rows of T = `length` tokens.
+
+    cu_seqlens, and the rest, as in `document_mask`; None where every row is one document. On FlexAttention where that runs,
+    else on SDPA, or plain PyTorch with a softcap, under a boolean mask (B or 1, 1, n, T).
+    """
+    _check_window(window)
+    document = None if cu_seqlens is None else document_ids(cu_seqlens, batch, length)
+    if backend_that_runs(backend, places.device, dtype, softcap) == "flex":
+        blocks = _blocks(document, length, window, causal, places.device, places)
+        return AttentionMask("flex", window=window, causal=causal, blocks=blocks)
+    visible = _sees(places[:, None], torch.arange(length, device=places.device), window, causal)  # (n, T)
+    if document is not None:
+        visible = visible & (document[:, None, places, None] == document[:, None, None, :])
+    return AttentionMask(visible=visible, window=window, causal=causal)
+
+
 def band(query_length: int, key_length: int, window: int | None, causal: bool, device: torch.device) -> Tensor:
     """(T, S) bool: whom the last T of S tokens of one document see."""
     query = torch.arange(key_length - query_length, key_length, device=device)[:, None]
@@ -168,17 +197,19 @@ def _sees(query: Tensor, key: Tensor, window: int | None, causal: bool) -> Tenso
 
 
 def _blocks(
-    document: Tensor | None, length: int, window: int | None, causal: bool, device: torch.device | None = None
-) -> "BlockMask":
-    """FlexAttention's mask of rows of `length` tokens, of the documents (B, T) or else of the rows alone."""
+    document: Tensor | None, length: int, window: int | None, causal: bool, device: torch.device | None = None,
+    places: Tensor | None = None,
+) -> "BlockMask":  # fmt: skip
+    """FlexAttention's mask of rows of `length` tokens, of the documents (B, T) or else of the rows alone; with `places` (n,)
+    of the queries that stand there alone."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(row, head, query, key):
+        query = query if places is None else places[query]
         visible = _sees(query, key, window, causal)
         if document is not None:
             visible = visible & (document[row, query] == document[row, key])
         return visible
 
-    if document is not None:
-        return create_block_mask(seen, len(document), None, length, length, device=document.device)
-    return create_block_mask(seen, None, None, length, length, device=device)
+    rows, device = (None, device) if document is None else (len(document), document.device)
+    return create_block_mask(seen, rows, None, length if places is None else len(places), length, device=device)

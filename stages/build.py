@@ -138,8 +138,9 @@ def build_stage(
 ) -> Stage:  # fmt: skip
     """The objective of config.stage over `data`. model: the finished one, for stages that compute with it beforehand.
 
-    pins: the digests of the folders that the run stands on.
+    pins: the digests of the folders that the run stands on. Samples are divided among `ranks.data`, answers are drawn by each.
     """
+    drawing, ranks = ranks, ranks.data
     if data.masking is not None:
         assert isinstance(data.train, TrainingData | SentencePairs)
         assert isinstance(data.held_out, Windows | SentencePairs | None)
@@ -156,7 +157,7 @@ def build_stage(
             balance_weight=unwrap(model).config.router_aux_loss_coef, router_z_weight=config.router_z_loss_coef,
         )  # fmt: skip
     if config.stage in ("grpo", "ppo"):
-        return _reinforcement_stage(config, data, model, ranks, precision, micro_batch_size)
+        return _reinforcement_stage(config, data, model, drawing, precision, micro_batch_size)
     assert isinstance(data.train, ExampleData) and isinstance(data.held_out, ExampleData | None)
     feed = ExampleFeed(
         data=data.train, validation=data.held_out, ranks=ranks, precision=precision, batch_size=config.batch_size,

@@ -20,7 +20,6 @@ from batches.packing import Sequence, sequence_sums
 from dataprep.progress import Progress
 from errors import UserError
 from finetune_data.encoding_examples import ENDS_SIDE
-from kernels.linear_cross_entropy import token_statistics
 from ranks import Ranks, unwrap
 from sharding import in_step
 from stages import preference_losses
@@ -46,16 +45,7 @@ def by_side(values: Tensor, batch: MicroBatch) -> Tensor:
 def sequence_logprobs(model: nn.Module, batch: MicroBatch) -> Tensor:
     """(sequences,) fp32: the sum of log p over each sequence's targets, in nats; 0 for one without. Differentiable."""
     hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
-    inner = unwrap(model)
-    states, weight = inner.head_inputs(hidden.flatten(0, 1))  # (B·T, H), (V, H)
-    logprobs = token_statistics(
-        states,
-        weight,
-        batch.targets.flatten(),
-        ignore_index=IGNORE_INDEX,
-        softcap=inner.softcap,
-        implementation=inner.kernels.linear_cross_entropy,
-    ).logprobs
+    logprobs = unwrap(model).token_statistics(hidden.flatten(0, 1), batch.targets.flatten()).logprobs
     return sequence_sums(logprobs.view_as(batch.targets), batch)
 
 

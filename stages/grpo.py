@@ -198,7 +198,7 @@ class GRPO:
 
     def _micro_batches(self, sequences: list[Sequence]) -> list[MicroBatch]:
         batches = own_micro_batches(
-            sequences, self.ranks, max_length=self.max_length, micro_batch_size=self.micro_batch_size
+            sequences, self.ranks.data, max_length=self.max_length, micro_batch_size=self.micro_batch_size
         )
         if self.loss_type in _PER_TOKEN:
             return batches

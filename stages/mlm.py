@@ -24,7 +24,6 @@ from batches.micro_batch import MicroBatch
 from batches.sampler import hash_key
 from batches.sentence_pairs import NOT_NEXT, TOKEN_TYPES, SentencePairs
 from batches.windows import TrainingData, Windows, evaluation_micro_batches
-from kernels.linear_cross_entropy import linear_cross_entropy, token_statistics
 from ranks import Ranks, unwrap
 from sharding import in_step
 from stages.pretrain import use_row_keys, with_row_keys
@@ -85,12 +84,10 @@ class MLM:
             token_types=batch.token_columns.get(TOKEN_TYPES),
         )  # fmt: skip
         places = batch.columns[MASKED]
-        states, weight = inner.head_inputs(hidden.flatten(0, 1)[places])  # (masked, H), (V, H)
-        targets = batch.targets.flatten()[places]
-        settings = {"softcap": inner.softcap, "implementation": inner.kernels.linear_cross_entropy}
-        sums = linear_cross_entropy(states, weight, targets, z_loss=self.z_loss, **settings)
+        states, targets = hidden.flatten(0, 1)[places], batch.targets.flatten()[places]  # (masked, H), (masked,)
+        sums = inner.cross_entropy(states, targets, self.z_loss)
         with torch.no_grad():
-            told = token_statistics(states, weight, targets, **settings).top1 == targets
+            told = inner.token_statistics(states, targets).top1 == targets
         figures: Metrics = {"loss": (sums.cross_entropy, batch.weight), "masked_accuracy": (told.sum(), batch.weight)}
         if NOT_NEXT not in batch.columns:
             return sums.total, figures

@@ -132,7 +132,7 @@ class PPO:
                 sequences = self._roll_out(phase)
             for step in range(first_step, self.schedule.steps_per_phase):
                 yield own_micro_batches(
-                    [sequences[place] for place in self.schedule.members(phase, step)], self.ranks,
+                    [sequences[place] for place in self.schedule.members(phase, step)], self.ranks.data,
                     max_length=self.max_length, micro_batch_size=self.micro_batch_size,
                 )  # fmt: skip
             phase, first_step = phase + 1, 0

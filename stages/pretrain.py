@@ -19,7 +19,6 @@ from batches.sampler import hash_key
 from batches.windows import BYTES, TrainingData, Windows, evaluation_micro_batches
 from dataprep.token_bytes import TokenBytes
 from experts import Routing, balancing_losses, expert_figures, z_losses
-from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import Ranks, unwrap
 from sharding import in_step
 from training.examples_data import SAMPLE_KEY, without_dropout
@@ -66,16 +65,7 @@ class Pretrain:
         given = {"max_seqlen": batch.input_ids.shape[1], "with_routing": inner.config.num_experts is not None}
         hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, **given)
         hidden, routing = hidden if given["with_routing"] else (hidden, None)
-        states, weight = inner.head_inputs(hidden.flatten(0, 1))  # (B·T, H), (V, H)
-        sums = linear_cross_entropy(
-            states,
-            weight,
-            batch.targets.flatten(),
-            ignore_index=IGNORE_INDEX,
-            softcap=inner.softcap,
-            z_loss=self.z_loss,
-            implementation=inner.kernels.linear_cross_entropy,
-        )
+        sums = inner.cross_entropy(hidden.flatten(0, 1), batch.targets.flatten(), self.z_loss)
         metrics: Metrics = {"loss": (sums.cross_entropy, batch.weight)}
         if routing is None:
             return sums.total, metrics

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batches.micro_batch import IGNORE_INDEX, MicroBatch
+from batches.micro_batch import MicroBatch
 from batches.packing import sequence_sums
 from kernels.dropout import GOLDEN, mix64
-from kernels.linear_cross_entropy import linear_cross_entropy
 from ranks import unwrap
 from training.examples_data import SAMPLE_KEY, ExampleFeed, Metrics, token_keys, use_sample_keys
 from training.metrics import Figures
@@ -43,15 +42,7 @@ class SFT:
         use_sample_keys(unwrap(model), batch)
         with self._noise(unwrap(model), batch):
             hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, max_seqlen=batch.input_ids.shape[1])
-        states, weight = unwrap(model).head_inputs(hidden.flatten(0, 1))  # (B·T, H), (V, H)
-        sums = linear_cross_entropy(
-            states,
-            weight,
-            batch.targets.flatten(),
-            ignore_index=IGNORE_INDEX,
-            softcap=unwrap(model).softcap,
-            implementation=unwrap(model).kernels.linear_cross_entropy,
-        )
+        sums = unwrap(model).cross_entropy(hidden.flatten(0, 1), batch.targets.flatten())
         return sums.total, {"loss": (sums.cross_entropy, batch.weight)}
 
     def evaluate(self, model: nn.Module, everything: bool) -> Figures:
@@ -70,7 +61,8 @@ class SFT:
             embedding.noise = None
             embedding.register_forward_hook(_add_noise)
         if SAMPLE_KEY in batch.columns:
-            embedding.noise = neftune_noise(batch, embedding.embedding_dim, self.neftune_alpha)
+            noise = neftune_noise(batch, embedding.embedding_dim, self.neftune_alpha)
+            embedding.noise = model.own_tokens(noise)
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ import pytest
 LAYERS = [
     {"errors"},
     {"arguments", "paths", "limits", "ranks"},
-    {"sharding"},
+    {"sharding", "context"},
     {"kernels"},
     {"families"},
     {"model_config"},

@@ -32,9 +32,11 @@ SIZES = (
     "--hidden_size 32 --num_layers 2 --num_heads 2 --batch_size 6 --learning_rate 3e-3 --log_interval 1 --device cpu"
 )
 WAYS = {
-    "one rank": (1, ""),
-    "ddp": (2, ""),
-    "fsdp": (2, "--strategy fsdp --micro_batch_size 2"),
+    "one rank": (1, "--context_parallel 1"),
+    "ddp": (2, "--context_parallel 1"),
+    "context": (2, "--context_parallel 2"),
+    "contexts": (4, "--context_parallel 2 --strategy fsdp"),
+    "fsdp": (2, "--strategy fsdp --micro_batch_size 2 --context_parallel 1"),
     "fsdp of 3": (3, "--strategy fsdp --no-reshard_after_forward"),
     "two copies": (4, "--strategy fsdp --shard_size 2"),
     "offloaded": (2, "--strategy fsdp --offload all"),
@@ -73,7 +75,7 @@ def whole(tiny_data, tmp_path_factory) -> tuple[str, Path]:
     return words, save_dir
 
 
-@pytest.mark.parametrize("way", grid([way for way in WAYS if way != "one rank"], ["fsdp"]))
+@pytest.mark.parametrize("way", grid([way for way in WAYS if way != "one rank"], ["fsdp", "contexts"]))
 def test_a_run_learns_the_same_and_leaves_the_same_files(way, whole, tmp_path):
     words, reference = whole
     world_size, flags = WAYS[way]
@@ -94,9 +96,12 @@ def test_a_run_learns_the_same_and_leaves_the_same_files(way, whole, tmp_path):
 
 
 PAIRS = [(writer, reader) for writer in WAYS for reader in WAYS if "fsdp" in (writer, reader) or writer == reader]
+PAIRS += [("contexts", "one rank")]
 
 
-@pytest.mark.parametrize(("writer", "reader"), grid(PAIRS, [("fsdp", "one rank"), ("ddp", "fsdp")]))
+@pytest.mark.parametrize(
+    ("writer", "reader"), grid(PAIRS, [("fsdp", "one rank"), ("ddp", "fsdp"), ("fsdp", "context")])
+)
 def test_a_checkpoint_of_any_way_goes_on_in_any_other(writer, reader, whole, tmp_path):
     words, reference = whole
     world_size, flags = WAYS[writer]
@@ -162,6 +167,18 @@ def refused(rank: int, world_size: int, words: str, save_dir: Path) -> str:
 def test_a_group_that_does_not_divide_the_ranks_is_refused(tiny_data, tmp_path):
     words = f"--data_dir {tiny_data} {SIZES} --max_steps 2 --strategy fsdp --shard_size 2"
     assert set(run_ranks(refused, 3, words, tmp_path)) == {"--shard_size 2 does not divide the number of ranks, 3"}
+
+
+def test_ranks_that_cannot_share_rows_are_refused(tiny_data, tmp_path):
+    words = f"--data_dir {tiny_data} {SIZES} --max_steps 2 --context_parallel 2"
+    wanted = "--context_parallel 2 does not divide the number of ranks, 3: give one that does, or 1"
+    assert refused(0, 3, words, tmp_path) == wanted
+    wanted = (
+        "--attention varlen is not for --context_parallel, whose queries are a part of a row: choose auto, sdpa or flex"
+    )
+    assert refused(0, 2, f"{words} --attention varlen", tmp_path) == wanted
+    words = words.replace("--batch_size 6", "--batch_size 1")
+    assert refused(0, 4, words, tmp_path) == "--batch_size 1 is smaller than the number of groups of 2 ranks, 2"
 
 
 @pytest.mark.parametrize("optimizer", grid(["adamw", "lion", "sgd"], ["lion"]))

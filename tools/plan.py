@@ -101,8 +101,12 @@ def _table(
     config.validate(data_needed=False)
     named = [name for name, origin in origins.items() if origin in ("command line", "config file")]
     refuse_unread(config, named if own is None else own)
-    if not 1 <= world_size <= config.batch_size:
-        raise UserError(f"--world_size must lie between 1 and --batch_size {config.batch_size}, and is {world_size}")
+    if world_size < 1 or world_size % config.context_parallel:
+        raise UserError(
+            f"--world_size must be a multiple of --context_parallel {config.context_parallel}, and is {world_size}"
+        )
+    if (groups := world_size // config.context_parallel) > config.batch_size:
+        raise UserError(f"--world_size must lie between 1 and --batch_size {config.batch_size}, and is {groups}")
     start = _start(config, before)
     data = _windows(config, start.shape) if config.on_text else _examples(config, start)
     model = grown(start.shape, data.max_length, 0)

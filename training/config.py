@@ -107,7 +107,12 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             raise UserError("--lora needs a model to adapt: name it with --init_from")
 
     def _check_strategy(self) -> None:
-        """UserError for what needs whole tensors where each rank has a part of them."""
+        """UserError for what needs whole tensors or rows where each rank has a part of them."""
+        if self.context_parallel > 1 and self.attention not in ("auto", "sdpa", "flex"):
+            raise UserError(
+                f"--attention {self.attention} is not for --context_parallel, whose queries are a part of a row: choose auto, "
+                "sdpa or flex"
+            )
         if self.strategy != "fsdp":
             return
         if self.optimizer_file or self.optimizer not in SHARDED_OPTIMIZERS:

@@ -47,7 +47,8 @@ class HookState:
       step                  optimizer steps made so far
       config                every option of the run, by name (training/option_groups.py)
       model                 the module that learns, without DDP's wrapper
-      ranks                 this process among the others: rank, world_size, device, and sum, which adds up over all of them
+      ranks                 this process among the others: rank, world_size, device, and sum, which adds up over all of them;
+                            ranks.data is the same of what samples are divided among, and adds up what is found of them
       figures               in on_step those of the step, over all ranks, with grad_norm; in on_evaluate those of the
                             evaluation, such as val_loss; None for one that nothing was averaged over. Else {}
       learning_rate         of the last step, with lr_factor in it; 0 before the first
@@ -137,7 +138,7 @@ class Hooks:
         if "on_step" not in self.functions:
             return {}
         norm = None if grad_norm is None else grad_norm.item()
-        return self.call("on_step", run, reduce_metrics(metrics, run.ranks) | {"grad_norm": norm})
+        return self.call("on_step", run, reduce_metrics(metrics, run.ranks.data) | {"grad_norm": norm})
 
     def finish(self, run: HookedRun) -> None:
         self.call("on_finish", run)

@@ -33,8 +33,16 @@ def machine_lines(
     return {
         "precision": precision.reason,
         "kernels": describe_kernels(kernels, ranks.device, config.compile_model),
-        "attention": attention,
+        "attention": _of_shared_rows(kernels.attention) if config.context_parallel > 1 else attention,
         "device": f"{device_name(ranks.device)} x {ranks.world_size}",
         **({"strategy": describe_strategy(config, ranks)} if ranks.world_size > 1 or config.strategy != "ddp" else {}),
         "peak TFLOP/s": f"{peak:g}" if peak else "unknown device, so mfu is n/a; pass --peak_tflops",
     }
+
+
+def _of_shared_rows(backend: str) -> str:
+    if backend == "flex":
+        return f"FlexAttention of torch {torch.__version__}, a rank's tokens by those of the whole row"
+    return (
+        "SDPA under a mask of a rank's tokens by those of the whole row, or plain PyTorch where scores have a softcap"
+    )

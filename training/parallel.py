@@ -4,11 +4,14 @@ ddp     each has all of it; gradients are averaged
 fsdp    each has a part of every weight, of its gradient and of its optimizer state, and a block's weights are gathered for
         the time that it computes (Zhao et al. 2023, https://arxiv.org/abs/2304.11277; in torch as FSDP2)
 
+Under either, neighbouring ranks may share the tokens of each row (context.py): they are one to whom samples are divided.
+
 The order in which a model is changed is fixed here: sharded, where it starts on no device before it has weights, else when
-it has them; compiled in place; wrapped in DDP.
+it has them; told with whom it shares rows; compiled in place; wrapped in DDP.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -19,11 +22,42 @@ from typing import Any
 import torch
 from torch import nn
 
+from context import Context
 from errors import UserError
 from layers import Block
+from model import Transformer
 from ranks import Ranks
 from sharding import gives_up_blocks, is_sharded
 from training.config import TrainConfig
+
+
+def grouped(ranks: Ranks, config: TrainConfig) -> Ranks:
+    """The ranks, of which as many work on each micro-batch as the options say. UserError where they or the batch do not do."""
+    size = config.context_parallel
+    if ranks.world_size % size:
+        raise UserError(
+            f"--context_parallel {size} does not divide the number of ranks, {ranks.world_size}: give one that does, or 1"
+        )
+    ranks = dataclasses.replace(ranks, sharing=size)
+    if config.batch_size < ranks.data.world_size:
+        those = "ranks" if size == 1 else f"groups of {size} ranks"
+        raise UserError(
+            f"--batch_size {config.batch_size} is smaller than the number of {those}, {ranks.data.world_size}"
+        )
+    return ranks
+
+
+def share_rows(model: nn.Module, ranks: Ranks, size: int) -> None:
+    """Let `size` neighbouring ranks share the rows of the model, and of each part of it that is one."""
+    if size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("data", "context"))
+    context = Context(mesh["context"].get_group().group_name, size, ranks.rank % size)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.context = context
 
 
 def shard_model(
@@ -73,6 +107,12 @@ def sharding_of(config: TrainConfig, ranks: Ranks) -> Callable[[nn.Module], None
 
 def describe_strategy(config: TrainConfig, ranks: Ranks) -> str:
     """One line for the start of a run."""
+    size = config.context_parallel
+    rows = f"; each {size} ranks share the tokens of a row" if size > 1 else ""
+    return _describe_weights(config, ranks) + rows
+
+
+def _describe_weights(config: TrainConfig, ranks: Ranks) -> str:
     if ranks.world_size == 1:
         return f"{config.strategy}: one rank has all of the model, and nobody to share it with"
     if config.strategy == "ddp":
@@ -95,8 +135,10 @@ def _placement(parameter: nn.Parameter, size: int):
     return Shard(parameter.ndim - 1)
 
 
-def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool) -> nn.Module:
-    """The model compiled in place (so that parameter names stay) and, where ranks have all of it each, wrapped in DDP."""
+def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool, context: int = 1) -> nn.Module:
+    """The model, whose rows `context` ranks share, compiled in place (so that parameter names stay) and, where ranks have all
+    of it each, wrapped in DDP."""
+    share_rows(model, ranks, context)
     sharded = is_sharded(model)
     if compile_model:
         for module in [module for module in model.modules() if isinstance(module, Block)] if sharded else [model]:

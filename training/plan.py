@@ -151,7 +151,7 @@ def plan_run(
     longest_prompt: of those that answers are drawn to; None takes what max_length leaves. judge_over_base: whether
     --reward_model is an adapter over the model that is trained, and so costs next to nothing.
     """
-    rows = -(-config.batch_size // world_size)
+    rows = -(-config.batch_size // (world_size // config.context_parallel))
     micro_batch_size = min(config.micro_batch_size or rows, rows)
     sequences = sequences_per_example(config)
     tokens = tokens_per_example or float(sequences * max_length)
@@ -160,6 +160,7 @@ def plan_run(
     packed_rows = micro_batch_size * (2 if sequences == 2 and config.stage in ("reward", "dpo") else 1)
     at_once = min(packed_rows * max_length, rows * tokens)
     flops = learning_flops(config, model, min(max_length, tokens / sequences))
+    drawn = -(-config.batch_size // world_size) * config.num_minibatches * sequences  # by each rank for itself
     passes = config.resolved_rollout_epochs if config.stage in ("grpo", "ppo") else 1
     return RunPlan(
         parameters=count_parameters(model),
@@ -173,7 +174,7 @@ def plan_run(
         total_flops=flops * tokens_per_step * config.max_steps,
         memory=_shared_out(config, model, world_size, half_precision, _memory(
             config, model, round(at_once), half_precision,
-            drawn_at_once=min(config.rollout_batch_size, rows * config.num_minibatches * sequences),
+            drawn_at_once=min(config.rollout_batch_size, drawn),
             drawn_length=(longest_prompt or max(1, max_length - config.max_new_tokens)) + config.max_new_tokens,
             judges=int(config.reward_model is not None and not judge_over_base),
         )),
@@ -256,7 +257,8 @@ def _memory(
     config: TrainConfig, model: ModelConfig, tokens: int, half: bool, *,
     drawn_at_once: int, drawn_length: int, judges: int,
 ) -> dict[str, float]:  # fmt: skip
-    """An estimate by part. tokens: of a micro-batch. drawn_at_once: answers, each of drawn_length with its prompt.
+    """An estimate by part. tokens: of a micro-batch, which --context_parallel ranks share. drawn_at_once: answers, each of
+    drawn_length with its prompt.
 
     judges: reward models beside what learns.
     """
@@ -281,7 +283,11 @@ def _memory(
         averaged = scorer if config.stage in _SCORERS else whole
     if config.resolved_ema is not None:
         memory["weights' average (fp32)"] = 4.0 * averaged
+    rows, tokens = tokens, -(-tokens // config.context_parallel)
     memory["activations"] = float(models * tokens * model.num_hidden_layers * _kept_per_token(model) * width)
+    if config.context_parallel > 1:
+        keys_values = 2 * model.num_key_value_heads * model.head_dim * width
+        memory["keys and values of whole rows"] = float(models * rows * model.num_hidden_layers * keys_values)
     if config.stage not in _SCORERS:
         chunk = max(CUDA_CHUNK_BYTES if half else CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * 4 * model.vocab_size)
         head_gradient = 0.0 if config.lora else 4.0 * model.vocab_size * model.hidden_size
@@ -432,6 +438,10 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
         nouns = "answers"
     if config.next_sentence:
         nouns = "pairs"
+    sharing = config.context_parallel
+    ranks = (
+        f"{plan.world_size} rank(s)" if sharing == 1 else f"{plan.world_size // sharing} group(s) of {sharing} ranks"
+    )
     head = ""
     if config.stage == "mlm":
         head = f" (the head's for the {mask_probability(config, model.family):.0%} that are masked)"
@@ -440,7 +450,7 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
         f"({model.num_key_value_heads} key/value), {_mlps(model)}, vocabulary {model.vocab_size:,}",
         "parameters": f"{p.total:,} ({p.embedding:,} embedding, {p.non_embedding:,} other){active}{learned}",
         "batch": f"{config.batch_size} {nouns} = {plan.tokens_are}{plan.tokens_per_step:,} tokens a step: "
-        f"{plan.world_size} rank(s) x {plan.tokens_are}{plan.accumulation_steps} micro-batch(es) of {plan.micro_batch_size}",
+        f"{ranks} x {plan.tokens_are}{plan.accumulation_steps} micro-batch(es) of {plan.micro_batch_size}",
         "run": f"{config.max_steps:,} steps = {plan.tokens_are}{plan.total_tokens:,} tokens{epochs}",
         "compute": f"{plan.flops_per_token:,.0f} FLOPs a token{head}, {plan.total_flops:.3g} in all",
         "memory estimate": f"{plan.memory_total / GIB:.2f} GiB a rank ({memory})",

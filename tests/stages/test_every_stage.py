@@ -198,10 +198,29 @@ QUICKLY_SHARDED = ("mlm of pairs", "experts", "sft with LoRA over NF4", "kto wit
 @pytest.mark.parametrize("stage", grid(SHARDED, QUICKLY_SHARDED))
 def test_a_step_is_the_same_where_ranks_hold_parts_of_the_model(stage, workshop, tmp_path):
     """--strategy fsdp on two ranks, of which one has fewer micro-batches, and on four with two copies of the model."""
+    ways = ((2, "--micro_batch_size 1"), (4, "--shard_size 2 --no-reshard_after_forward"))
+    compare(stage, [(size, f"--strategy fsdp {flags}") for size, flags in ways], workshop, tmp_path)
+
+
+SHARING = [
+    "pretrain", "mlm of pairs", "sft with LoRA over NF4", "sft with dropout", "reward", "dpo with LoRA", "kto", "gspo",
+    "grpo with LoRA", "ppo", "experts", "gpt2 with dropout",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", grid(SHARING, ["sft with dropout", "grpo with LoRA"]))
+def test_a_step_is_the_same_where_ranks_share_rows(stage, workshop, tmp_path):
+    """--context_parallel: two ranks with all rows in common, and two pairs of ranks that hold a quarter of the model each."""
+    ways = [(2, "--context_parallel 2 --micro_batch_size 2"), (4, "--context_parallel 2 --strategy fsdp")]
+    compare(stage, ways, workshop, tmp_path)
+
+
+def compare(stage: str, ways: list[tuple[int, str]], workshop: Path, tmp_path: Path) -> None:
+    """A step of one rank with that of as many ranks, with these flags."""
     _, wanted, expected = step(0, 1, workshop, SHARDED[stage], tmp_path / "whole")
     norm = wanted["grad_norm"]
-    for world_size, flags in ((2, "--micro_batch_size 1"), (4, "--shard_size 2 --no-reshard_after_forward")):
-        words = f"{SHARDED[stage]} --strategy fsdp {flags}"
+    for world_size, flags in ways:
+        words = f"{SHARDED[stage]} {flags}"
         for _, figures, gradients in run_ranks(step, world_size, workshop, words, tmp_path / f"{world_size}"):
             assert gradients.keys() == expected.keys() and figures.keys() == wanted.keys()
             for name in ("loss", "grad_norm"):
