@@ -14,7 +14,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # what pip says of retries is shown only where it fails: that an index cannot be reached is no fault if another has the package
 AND_SAY_WHY = 2>$(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 1; }
 
-.PHONY: demo test test-all lint options setup clean
+.PHONY: demo test test-all test-distributed lint options setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python utils.py demo $(if $(CORPUS),--corpus "$(CORPUS)")
@@ -25,6 +25,11 @@ test: $(VENV)/.installed-dev
 # all of `make test`, then what it leaves out: the same proofs over large grids
 test-all: test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "exhaustive and not gpu"
+
+# runs that Accelerate starts, which the other tests do without
+test-distributed: $(VENV)/.installed-dev requirements-distributed.txt
+	@$(PIP) -r requirements-distributed.txt $(AND_SAY_WHY)
+	$(VENV)/bin/python -m pytest tests/distributed
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -40,7 +40,7 @@ from stages.grpo import GRPO
 from stages.ppo import PPO
 from tools.run_plan import run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
-from training.config import TrainConfig, add_options, resolve_config
+from training.config import TrainConfig, add_options, of_launcher, resolve_config
 from training.description import describe_run, next_command
 from training.failures import failures_recorded
 from training.garbage import collect_garbage, own_collection
@@ -149,7 +149,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     start_step = saved.get("step", 0)
     log = RunLog(config.save_dir, is_main=ranks.is_main, max_steps=config.max_steps, start_step=start_step)
     described = machine_lines(config, precision, kernels, attention, ranks, peak)
-    for sentence in [format_plan(plan, config, shape, described), *said, *data.report]:
+    for sentence in [format_plan(plan, config, shape, described), *said, *of_launcher(config, origins), *data.report]:
         log.say(sentence)
 
     # ------------------------------------------------------------------------------------------------ model, optimizers

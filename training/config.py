@@ -3,12 +3,14 @@
 `TrainConfig` holds every option of a run as one flat dataclass; training/option_groups.py lists the options.
 
 A value comes from, in rising precedence: the default, the stage's default, the checkpoint that is resumed, the preset,
-the config file, the command line. `origins` records which, and run.json keeps it.
+the config file, the command line, and `accelerate launch`, which may contradict neither of the two. `origins` records
+which, and run.json keeps it.
 """
 
 import argparse
 import inspect
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +19,13 @@ from arguments import ArgumentParser
 from errors import UserError
 from families.new_models import ENCODERS
 from families.task_names import TASKS
+from training.accelerate import Said, options_of_launcher
 from training.config_file import read_config_file
 from training.log_to import check_packages
 from training.option import add_flags, check_bounds, specs_of
 from training.option_groups import (
     GROUPS,
+    LAUNCHER,
     PRESETS,
     SPECS,
     TEXT_STAGES,
@@ -55,6 +59,7 @@ ALTERNATIVES = (
     ("train_file", "data_dir"), ("eval_iter", "eval_tokens"), ("optimizer_file", "optimizer"), ("num_epochs", "max_steps"),
 )  # fmt: skip
 SHARDED_OPTIMIZERS = ("adamw", "muon", "lion", "sgd")  # whose updates need no more than Muon gathers
+LAUNCHED = "accelerate launch"  # the origin of what it says
 # where a run goes on is said anew, what is looked at, and how long is waited
 _NOT_RESUMED = ("checkpoint", "save_dir", "device", "profile", "timeout")
 # what a first run is asked for: the flags that `--help` alone shows
@@ -217,6 +222,11 @@ def resolve_config(
     given = dict(given)
     config_file = given.pop("config", None)
     from_file = read_config_file(config_file, given.get("stage"), bool(saved)) if config_file else {}
+    said = {**from_file, **given}
+    launched = options_of_launcher(os.environ, asked=said.get("strategy") == LAUNCHER)
+    for place in (from_file, given) if said.get("strategy") == LAUNCHER else ():
+        place.pop("strategy", None)  # it is what the launcher says
+    _refuse_contradiction({**from_file, **given}, launched)
     chosen = {**(saved or {}), **from_file, **given}
     layers = [
         ("stage", _stage_defaults(chosen.get("stage", "pretrain"), chosen.get("lora", False), chosen.get("optimizer"))),
@@ -225,6 +235,7 @@ def resolve_config(
         ("config file", from_file),
         ("preset", PRESETS.get(given.get("preset", ""), {})),  # named on the command line, it beats the file's sizes
         ("command line", given),
+        (LAUNCHED, {name: said.value for name, said in launched.items()}),
     ]
     values: dict[str, Any] = {}
     origins = dict.fromkeys(SPECS, "default")
@@ -241,6 +252,29 @@ def resolve_config(
         if not in_plan:
             refuse_unread(config, [name for name in origins if origins[name] in ("command line", "config file")])
     return config, origins
+
+
+def _refuse_contradiction(given: dict[str, Any], launched: dict[str, Said]) -> None:
+    """UserError where a launcher and the command, or its config file, say two things of one option."""
+    for name, said in launched.items():
+        if name in given and given[name] != said.value:
+            raise UserError(
+                f"{said.where} asks for {as_flag(name, said.value)}, and the command for {as_flag(name, given[name])}: "
+                "leave one of them out"
+            )
+
+
+def of_launcher(config: TrainConfig, origins: dict[str, str]) -> list[str]:
+    """A line with the options that `accelerate launch` stands for; none where it says nothing."""
+    flags = [as_flag(name, getattr(config, name)) for name, origin in origins.items() if origin == LAUNCHED]
+    return [f"{LAUNCHED}: as with {' '.join(flags)}"] if flags else []
+
+
+def as_flag(name: str, value: Any) -> str:
+    """An option as a command gives it."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def _settle_alternatives(values: dict[str, Any], origins: dict[str, str]) -> None:
