@@ -38,11 +38,11 @@ from stages.classify import Classify
 from stages.custom_loss import choose_loss
 from stages.grpo import GRPO
 from stages.ppo import PPO
-from tools.run_plan import run_plan
+from tools.run_plan import release_memory, run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, of_launcher, resolve_config
 from training.description import describe_run, next_command
-from training.failures import failures_recorded
+from training.failures import failures_recorded, give_up_if_diverged
 from training.garbage import collect_garbage, own_collection
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, make_ema, make_optimizers, read_base_shape, reward_adapter
@@ -54,11 +54,11 @@ from training.precision import LossScaler, Precision
 from training.profile import StepProfile
 from training.resume import check_data_order, find_checkpoint
 from training.saving import Saves
+from training.spike_guard import GoBack, Skipped, SpikeGuard, batches_from, go_on_without, make_guard, position
 from training.stage_plan import check_plan, read_as, read_plan
 from training.standing import Pins, stand_on
 from training.watchdog import watched
 
-MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
 CHECK_INTERVAL = 10  # steps between looks at the device-side count of bad steps, where no log line looks anyway
 
 
@@ -96,10 +96,13 @@ def run_stage(
     save_folder.write_probe(save_dir)
     with save_folder.lock(save_dir):
         save_folder.clean(save_dir)
-        run = build_run(given, ranks, from_file)
-        start_step, stop = run.step, StopRequest()
-        with own_collection(), failures_recorded(run), run.saves.finished_alone(run), watched(run):
-            loop(run, stop)
+        run, stop = build_run(given, ranks, from_file), StopRequest()
+        start_step = run.step
+        while back := followed(run, stop):
+            del run  # before another one needs its memory
+            release_memory(ranks.device, compiled=False)
+            run = build_run(given | {"checkpoint": str(back.checkpoint)}, ranks, from_file)
+            go_on_without(run, back)
         finished = run.step >= run.config.max_steps or run.hooks.stop
         if run.step > start_step or run.hooks.stop:
             words = "ended by --hooks" if run.hooks.stop else "finished"
@@ -177,19 +180,31 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     return Run(
         config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, hooks, start_step, samples,
         tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0), ema=ema,
-        learning_rate=saved.get("learning_rate", 0.0), saves=Saves(newest=resumed_from),
+        learning_rate=saved.get("learning_rate", 0.0), saves=Saves(newest=resumed_from), skipped=saved.get("skipped", []),
+        guard=make_guard(config, ranks, saved.get("spike_guard")),
     )  # fmt: skip
 
 
-def loop(run: "Run", stop: StopRequest) -> None:
-    """Train from run.step to --max_steps, or until a rank was asked to stop; that step is finished and saved first."""
+def followed(run: "Run", stop: StopRequest) -> GoBack | None:
+    """`loop`, whose end is recorded whatever it is, and whose standing still is noticed."""
+    with own_collection(), failures_recorded(run), run.saves.finished_alone(run), watched(run):
+        return loop(run, stop)
+
+
+def loop(run: "Run", stop: StopRequest) -> GoBack | None:
+    """Train from run.step to --max_steps, or until a rank was asked to stop; that step is finished and saved first.
+
+    Returns where the run goes on, if --spike_guard has it go back.
+    """
     config, log = run.config, run.log
     if run.step >= config.max_steps:
         words = f"nothing to do: the run is at step {run.step} of --max_steps {config.max_steps}"
-        return log.event(run.step, "finish", words)
+        log.event(run.step, "finish", words)
+        return None
     if not run.hooks.start(run):
-        return run.hooks.finish(run)
-    batches = run.stage.batches(run.samples)
+        run.hooks.finish(run)
+        return None
+    batches = batches_from(run.stage, run.samples, config.batch_size, run.skipped)
     if can_be_ahead(run.stage):
         batches = made_ahead(batches, run.ranks.device)
     first = next(batches)
@@ -219,7 +234,10 @@ def loop(run: "Run", stop: StopRequest) -> None:
             log.train(train_row(run, figures | extra, grad_norm, clock))
             clock.restart()
         if to_log or done % CHECK_INTERVAL == 0:
-            run.give_up_if_diverged(done)
+            goes_back = done % CHECK_INTERVAL == 0 and not (last or stopping)  # whatever --log_interval is
+            if run.guard and (back := run.guard.look(run, done, goes_back)):
+                return back
+            give_up_if_diverged(run, done)
         with clock.paused():
             run.saves.after_step(run, done)
             if last or stopping or ((run.saves.due or run.hooks.save) and between_phases):
@@ -236,6 +254,7 @@ def loop(run: "Run", stop: StopRequest) -> None:
     profile.close()
     run.saves.end(run)
     run.hooks.finish(run)
+    return None
 
 
 @dataclass
@@ -264,6 +283,8 @@ class Run:
     learning_rate: float = 0.0  # of the last step
     saves: Saves = field(default_factory=Saves)
     ema: Ema | None = None  # average of the weights
+    guard: SpikeGuard | None = None
+    skipped: Skipped = field(default_factory=list)  # samples that are passed over
     bad_steps: Tensor = field(init=False)  # in a row, counted on the device
 
     def __post_init__(self) -> None:
@@ -300,18 +321,18 @@ class Run:
         )
         self.saves.hear(news)
         metrics = self.backward(micro_batches, max(1.0, total_weight))
-        grad_norm = self.update_weights(lr_factor) if total_weight else None
+        grad_norm = self.update_weights(lr_factor, metrics) if total_weight else None
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.empty_steps += not total_weight
         self.learning_rate = self.config.learning_rate * lr_factor
         self.step += 1
-        self.samples += self.config.batch_size
+        self.samples = position(self.samples + self.config.batch_size, self.config.batch_size, self.skipped)
         self.step_tokens = int(tokens)
         self.tokens += self.step_tokens
         return metrics, grad_norm, stops > 0
 
-    def update_weights(self, lr_factor: float) -> Tensor:
+    def update_weights(self, lr_factor: float, metrics: Metrics) -> Tensor:
         """One step of every optimizer with the gradients as they are; returns their norm before it is clipped."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler.enabled:
@@ -320,9 +341,12 @@ class Run:
         if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, grad_norm)
         # a step without a finite gradient is left out on the device: weights and optimizer state keep their bits
-        finite = torch.isfinite(grad_norm)
+        counts = finite = torch.isfinite(grad_norm)
+        if self.guard:
+            overflowed = ~finite if self.scaler.enabled else None
+            counts = self.guard.judge(metrics, grad_norm, overflowed, self.step, self.samples)
         for optimizer in self.optimizers:
-            optimizer.found_inf = (~finite).float().to(gradients[0].device)  # type: ignore[attr-defined]  # torch's own look here
+            optimizer.found_inf = (~counts).float().to(gradients[0].device)  # type: ignore[attr-defined]  # torch's own look here
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor
             optimizer.step()
@@ -342,19 +366,6 @@ class Run:
                 self.saves.settle(self)
             raise UserError(sentence)
         self.stage.unscored.alert = None
-
-    def give_up_if_diverged(self, step: int) -> None:
-        bad = int(self.bad_steps.item())
-        if bad and not self.scaler.enabled:
-            words = f"step {step:,}: the gradient is not finite ({bad} steps in a row); the update was left out"
-            self.log.event(step, "nan", words)
-        if bad >= MAX_BAD_STEPS * (4 if self.scaler.enabled else 1):  # the scaler needs some steps to find its scale
-            self.log.status("failed", step, f"no finite gradient for {bad} steps")
-            raise UserError(
-                f"the loss or its gradient has not been finite for {bad} steps in a row, up to step {step}; the weights are "
-                f"those from before, and the checkpoints in {self.config.save_dir} are whole: go on from one with "
-                "--checkpoint latest and a lower --learning_rate, or look at the data of these steps"
-            )
 
     @with_weights_to_use
     def save(self, step: int) -> None:

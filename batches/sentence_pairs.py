@@ -101,6 +101,11 @@ class SentencePairs:
         for sample, (source, window) in enumerate(places, first):
             yield self._pair(hash_key(self.seed, _PAIR_KEY, sample), source, window)
 
+    def documents(self, first: int, count: int) -> list[str]:
+        """From which documents these samples are, each by its file and place."""
+        parts = [(pair.source, part) for pair in self.pairs(first, count) for part in (pair.first, pair.second)]
+        return list(dict.fromkeys(self.sources[source].document(part.document).place for source, part in parts))
+
     def micro_batches(
         self, first: int, batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[MicroBatch]:

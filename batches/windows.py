@@ -80,6 +80,23 @@ class TrainingData:
         for source, window in zip(samples.source.tolist(), samples.window.tolist(), strict=True):
             yield self.sources[source].row(window)
 
+    def documents(self, first: int, count: int) -> list[str]:
+        """From which documents these samples are, each by its file and place."""
+        sizes = [len(source) for source in self.sources]
+        samples = locate(
+            first, count, num_windows=sizes, weights=self.weights, seed=self.seed, version=self.sampler
+        )  # fmt: skip
+        found: dict[str, None] = {}
+        for source, window in zip(samples.source.tolist(), samples.window.tolist(), strict=True):
+            windows = self.sources[source]
+            position = window * windows.step
+            end = position + windows.max_length + 1
+            while position < end:
+                origin = windows.split.document_at(position)
+                found[origin.place] = None
+                position = origin.stop
+        return list(found)
+
     @property
     def num_samples(self) -> int:
         """Of one pass."""

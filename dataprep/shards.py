@@ -122,6 +122,11 @@ class DocumentOrigin:
     unit: str
     content_hash: str
 
+    @property
+    def place(self) -> str:
+        """Where the text came from, for people."""
+        return f"{self.source}, {self.unit} {self.position:,}"
+
 
 def token_dtype(vocab_size: int) -> str:
     """The narrowest dtype of MMIDIDX that holds every id: "uint16" or "int32"."""

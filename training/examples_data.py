@@ -44,6 +44,11 @@ class ExampleData:
             first, count, num_windows=[len(self.groups)], weights=[1.0], seed=self.seed, version=self.sampler
         ).window.tolist()  # fmt: skip
 
+    def documents(self, first: int, count: int) -> list[str]:
+        """Which examples these samples are: by file and row where shards know them, else by their number, from 1."""
+        source = getattr(self.groups, "source", lambda number: f"example {number + 1}")
+        return list(dict.fromkeys(source(number) for number in self.numbers(first, count)))
+
     def epoch(self, first: int) -> float:
         """How many times the examples have been seen after `first` samples, as a fraction."""
         return first / len(self.groups)

@@ -9,6 +9,8 @@ import torch
 from errors import UserError
 from ranks import lost_rank
 
+MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
+
 
 @contextlib.contextmanager
 def failures_recorded(run: Any) -> Iterator[None]:
@@ -28,3 +30,18 @@ def failures_recorded(run: Any) -> Iterator[None]:
         if lost:
             raise UserError(lost) from error
         raise
+
+
+def give_up_if_diverged(run: Any, step: int) -> None:
+    """Alert after steps without a finite gradient, which were left out; UserError after many in a row."""
+    bad = int(run.bad_steps.item())
+    if bad and not run.scaler.enabled:
+        words = f"step {step:,}: the gradient is not finite ({bad} steps in a row); the update was left out"
+        run.log.event(step, "nan", words)
+    if bad >= MAX_BAD_STEPS * (4 if run.scaler.enabled else 1):  # the scaler needs some steps to find its scale
+        run.log.status("failed", step, f"no finite gradient for {bad} steps")
+        raise UserError(
+            f"the loss or its gradient has not been finite for {bad} steps in a row, up to step {step}; the weights are "
+            f"those from before, and the checkpoints in {run.config.save_dir} are whole: go on from one with "
+            "--checkpoint latest and a lower --learning_rate, or look at the data of these steps"
+        )

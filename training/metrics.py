@@ -159,9 +159,9 @@ class RunLog:
         self._append("sample", {"step": step, "prompt": prompt, "sample": text})
         self.say(f"step {step:,} sample: {prompt}{text}".replace("\n", "\n    "))
 
-    def event(self, step: int, event: str, message: str) -> None:
-        """start, resume, save, alert, nan, finish or stop, with a sentence."""
-        self._append("event", {"step": step, "event": event, "message": message})
+    def event(self, step: int, event: str, message: str, **more: Any) -> None:
+        """start, resume, save, alert, nan, spike, finish or stop, with a sentence; `more` is for metrics.jsonl."""
+        self._append("event", {"step": step, "event": event, "message": message, **more})
         self.say(message)
 
     def status(self, state: str, step: int, error: str | None = None) -> None:

@@ -17,7 +17,8 @@ def later_mixtures(config: TrainConfig, saved: dict) -> list[tuple[int, list[flo
     """
     step, samples = saved.get("step", 0), saved.get("samples_consumed", 0)
     known = parse_data_stages(saved.get("options", {}).get("data_stages", []))
-    begun = [(first, _with_zeros(weights, len(config.data_dir))) for first, weights in known if first < step]
+    padded = [(first, _with_zeros(weights, len(config.data_dir))) for first, weights in known]
+    begun = [stage for stage in padded if stage[0] < step]
     given = config.data_stages_by_step
     if [stage for stage in given if stage[0] < step] != begun:
         told = " ".join(f"{first}:{','.join(f'{weight:g}' for weight in weights)}" for first, weights in begun)
@@ -25,10 +26,12 @@ def later_mixtures(config: TrainConfig, saved: dict) -> list[tuple[int, list[flo
             f"--data_stages {' '.join(config.data_stages)}: before step {step}, where this run goes on, it was "
             f"{told or 'none'}; give that as it was, and what is to come after it"
         )
-    first_samples = [first for first, _ in saved.get("data_order", {}).get("data_stages", [])]
-    starts = first_samples[: len(begun)] + [
-        samples + (first - step) * config.batch_size for first, _ in given[len(begun) :]
-    ]
+    starts = [samples + (first - step) * config.batch_size for first, _ in given]
+    # where a run has passed over samples, what was worked out at its start is not what follows from here
+    same_batch = saved.get("options", {}).get("batch_size") == config.batch_size
+    for number, (first, _) in enumerate(saved.get("data_order", {}).get("data_stages", [])):
+        if number < len(begun) or (same_batch and given[number : number + 1] == padded[number : number + 1]):
+            starts[number] = first
     return [(start, weights) for start, (_, weights) in zip(starts, given, strict=True)]
 
 

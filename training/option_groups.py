@@ -380,6 +380,7 @@ class OptimizationOptions:
     beta2: float | None = option("AdamW: decay of the second moment; lion: of the momentum (default: 0.95, lion 0.99)", None, bound=BELOW_ONE, read_by=BETAS)
     momentum: float | None = option("sgd and muon: decay of the momentum (default: sgd 0.9, muon 0.95)", None, bound=BELOW_ONE, read_by=MOMENTUM)
     grad_clip: float = option("largest global gradient norm; 0 does not clip", 1.0, bound=NOT_NEGATIVE)
+    spike_guard: float | None = option("leave out steps whose loss or gradient norm is above mean + so many σ of the last 128 that were not (6 is usual); after 5 in a row go back, once, and pass over their data (docs/training.md)", None, bound=POSITIVE)
     router_aux_loss_coef: float | None = option("mixtures of experts: weight of the loss that keeps experts equally busy, row by row (default: 0.01, or what the base has)", None, bound=NOT_NEGATIVE, read_by=(PRETRAIN, MAY_HAVE_EXPERTS))
     router_z_loss_coef: float = option("mixtures of experts: weight of the squared log-normaliser of the routers", 0.001, bound=NOT_NEGATIVE, read_by=(PRETRAIN, MAY_HAVE_EXPERTS))
     z_loss: float = option("weight of the squared log-normaliser (1e-5 is usual); kept out of the reported loss", 0.0, bound=NOT_NEGATIVE, read_by=TEXT)

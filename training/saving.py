@@ -188,6 +188,8 @@ def _state(run: Any) -> dict[str, Any]:
         "scaler": run.scaler.state(),
         "stage": run.stage.state() if hasattr(run.stage, "state") else {},  # of those that draw their own answers
         "empty_steps": run.empty_steps,
+        "skipped": run.skipped,
+        "spike_guard": run.guard.state() if run.guard else None,
         "learning_rate": run.learning_rate,
         "versions": versions(),
         "git_commit": git_commit(),
