@@ -95,6 +95,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_examples()
         self.check_adapters()
         self.check_model()
+        self.check_hardware()
         self._check_strategy()
         self.check_optimization()
         if self.stage in ("reward", "mlm", *TASKS) and self.sample_prompt:

@@ -5,14 +5,14 @@ fsdp    each has a part of every weight, of its gradient and of its optimizer st
         the time that it computes (Zhao et al. 2023, https://arxiv.org/abs/2304.11277; in torch as FSDP2)
 
 The order in which a model is changed is fixed here: sharded, where it starts on no device before it has weights, else when
-it has them; compiled in place; wrapped in DDP.
+it has them; told which activations to keep; compiled in place; wrapped in DDP.
 """
 
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from errors import UserError
+from kernels.recompute import share_kept, ways
 from layers import Block
 from ranks import Ranks
 from sharding import gives_up_blocks, is_sharded
@@ -95,12 +96,22 @@ def _placement(parameter: nn.Parameter, size: int):
     return Shard(parameter.ndim - 1)
 
 
-def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool) -> nn.Module:
-    """The model compiled in place (so that parameter names stay) and, where ranks have all of it each, wrapped in DDP."""
+def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool, again: str = "none") -> nn.Module:
+    """The model compiled in place (so that parameter names stay) and, where ranks have all of it each, wrapped in DDP.
+
+    again: --activation_checkpointing, which activations are computed again. A share is the compiler's to divide, in every
+    block, where there is one.
+    """
     sharded = is_sharded(model)
-    if compile_model:
-        for module in [module for module in model.modules() if isinstance(module, Block)] if sharded else [model]:
-            module.compile()
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    share = share_kept(again)
+    by_compiler = compile_model and share is not None
+    for block, way in zip(blocks, ways("none" if by_compiler else again, len(blocks)), strict=True):
+        block.recompute = way
+    if compile_model and (sharded or again != "none"):
+        _compile_blocks(blocks, 1.0 if share is None else share)
+    elif compile_model:
+        model.compile()
     if ranks.world_size == 1 or sharded:
         return model
     # gradients live in DDP's buckets, which saves a copy of them; buffers (4-bit weights) never change
@@ -108,6 +119,22 @@ def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool) -> nn.
     return nn.parallel.DistributedDataParallel(
         model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
     )
+
+
+def _compile_blocks(blocks: Sequence[nn.Module], share: float) -> None:
+    """Compile each in place, to keep no more than this share of its activations for its backward pass.
+
+    Of a whole model the compiler would compute all blocks again before the first of them has its backward pass.
+    """
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = share
+    torch._dynamo.config.optimize_ddp = False  # DDP's gradients wait for no more than a block, which must not be cut
+    # blocks of another kind, and with dropout each of them, are compiled anew
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile()
 
 
 @contextlib.contextmanager
