@@ -21,6 +21,7 @@ from kernels.choice import KernelChoice
 from kernels.dropout import keyed_dropout
 from kernels.fp8 import SIZE_MULTIPLE, fp8_linear
 from kernels.linear import linear
+from kernels.recompute import recomputed
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
@@ -299,6 +300,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.norm_position = layer, config.norm_position
+        self.recompute = "none"  # what is not kept for the backward pass: kernels/recompute.py
         self.residual_multiplier = config.residual_multiplier
         before = config.norm_position in ("before", "both")
         if before and (config.first_norm or layer):
@@ -315,12 +317,19 @@ class Block(nn.Module):
         """The residual stream (B, T, H), and what is still to be added to it (None: nothing); the same two, and what the router
         did, if that is asked for: a result like the others, since who gathers weights for the backward pass looks at results.
         """
+        if self.recompute == "none" or shared.cache is not None or not torch.is_grad_enabled():
+            return self._forward(x, update, shared)
+        return recomputed(self._forward, self, self.recompute, x, update, shared)
+
+    def _forward(
+        self, x: Tensor, update: Tensor | None, shared: Shared
+    ) -> tuple[Tensor, Tensor | None, Routing | None]:
         position, kernel = self.norm_position, shared.kernels.rms_norm
         if hasattr(self, "input_layernorm"):
             normed, x = self.input_layernorm.add(x, update, kernel)
         else:
             normed = x = x if update is None else x + update
-        update = self.scaled(self.self_attn(normed, shared), shared, 2 * self.layer)
+        update = self.scaled(self.self_attn(normed, shared), shared, 0)
         if position == "before":
             normed, x = self.post_attention_layernorm.add(x, update, kernel)
             update, routing = self.mlp_update(normed, shared)
@@ -340,11 +349,12 @@ class Block(nn.Module):
     def mlp_update(self, x: Tensor, shared: Shared) -> tuple[Tensor, Routing | None]:
         found = self.mlp(x, shared)
         update, routing = found if isinstance(found, tuple) else (found, None)
-        return self.scaled(update, shared, 2 * self.layer + 1), routing
+        return self.scaled(update, shared, 1), routing
 
-    def scaled(self, update: Tensor, shared: Shared, stream: int) -> Tensor:
-        """A sub-layer's result as it is added: after dropout, times Granite's residual multiplier."""
-        update = shared.dropped(update, stream)
+    def scaled(self, update: Tensor, shared: Shared, place: int) -> Tensor:
+        """A sub-layer's result as it is added: after dropout, times Granite's residual multiplier. place: 0 or 1 in the block."""
+        if shared.dropout:  # else blocks are one to the compiler, where they have no number
+            update = shared.dropped(update, 2 * self.layer + place)
         return update if self.residual_multiplier == 1.0 else update * self.residual_multiplier
 
 

@@ -169,7 +169,10 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         scaler.load(saved["scaler"])
         if saved["world_size"] == ranks.world_size:
             set_rng_state(saved["rng"][ranks.rank])
-    model = prepare_model(raw_model, ranks, compile_model=config.compile_model, context=config.context_parallel)
+    model = prepare_model(
+        raw_model, ranks, compile_model=config.compile_model, again=config.activation_checkpointing,
+        context=config.context_parallel,
+    )  # fmt: skip
     ema = make_ema(config, model, optimizers, resumed_from)
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, kernels, attention))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))

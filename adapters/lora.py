@@ -139,6 +139,8 @@ def is_quantised(model: nn.Module) -> bool:
 class LoraLinear(nn.Module):
     """A frozen linear layer and its adapters, by name; those in `active` are added, in that order."""
 
+    read_in_a_pass = ("active", "training", "token_keys")  # kernels/recompute.py
+
     def __init__(self, weight: Tensor | NF4Weight, implementation: str, bias: Tensor | None = None):
         super().__init__()
         self.shape, self.quantised = tuple(weight.shape), isinstance(weight, NF4Weight)

@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.dropout import keyed_dropout
 from kernels.jit import check_dtypes, jit, multiprocessors, next_power_of_2, tl, triton, why_not_triton
 from kernels.linear import linear
+from kernels.recompute import products_are_kept
 
 PATHS = ("torch", "augmented", "one_pass")
 MEASURED = Path(__file__).with_name("lora_measured.json")  # written by bench/lora_paths.py
@@ -100,6 +101,7 @@ def lora_linear_reference(
     """`lora_linear` in plain PyTorch: what the other paths are tested against and what torch.compile fuses."""
     flat = x.reshape(-1, x.shape[-1])
     y = linear(flat, weight.detach())
+    y = y.clone() if products_are_kept() else y
     for adapter, branch in zip(adapters, branches(flat, adapters, dropout, keys), strict=True):
         low = F.linear(branch, adapter.a.to(y.dtype))
         rows = slice(adapter.first_row, adapter.first_row + len(adapter.b))

@@ -101,6 +101,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_examples()
         self.check_adapters()
         self.check_model()
+        self.check_hardware()
         self._check_strategy()
         self.check_optimization()
         _ = self.higher_is_better  # UserError where it is not known

@@ -53,9 +53,6 @@ _OPTIMIZERS = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw8bit"),
     "muon": "muon", "adafactor": "adafactor", "schedule_free_adamw": "schedule_free",
 }  # fmt: skip
-_NO_CHECKPOINTING = (
-    "activations are not recomputed here; a smaller micro-batch takes less memory and gives the same result"
-)
 _IN_STEPS = "evaluations and checkpoints are counted in steps here: give eval_steps or save_steps"
 
 NAMES: dict[str, Is | Only | Unused] = {
@@ -81,8 +78,8 @@ NAMES: dict[str, Is | Only | Unused] = {
     "trust_remote_code": Only(_OFF, "no code from a model's folder is ever run"),
     "device_map": Only((None,), "a model is not spread over devices: torchrun gives each of them a whole one"),
     "use_cache": Only((False, None), "there is no key-value cache in training"),
-    "gradient_checkpointing": Only(_OFF, _NO_CHECKPOINTING),
-    "gradient_checkpointing_kwargs": Only((None,), _NO_CHECKPOINTING),
+    "gradient_checkpointing": Is("activation_checkpointing", {True: "full", **dict.fromkeys(_OFF, "none")}),
+    "gradient_checkpointing_kwargs": Unused("a block is computed again in one way alone"),
     "deepspeed": Only((None,), "weights and optimizer state are not sharded here"),
     "fsdp": Only((None, "", ()), "weights and optimizer state are not sharded here"),
     "torch_compile": Is("compile_model"),

@@ -13,6 +13,7 @@ from families.new_models import ENCODERS, MIXTURES, NEW_MODELS
 from families.task_names import TASKS
 from kernels.attention_backends import ATTENTION_BACKENDS
 from kernels.choice import OPERATIONS
+from kernels.recompute import NAMES, share_kept
 from training.log_to import LOGGERS
 from training.optimizers import OPTIMIZERS, load_builder
 from training.option import (
@@ -448,6 +449,7 @@ class HardwareOptions:
     kernels: list[str] = option("auto, triton or torch; then, for single ones, operation=triton or operation=torch (operations: " + ", ".join(OPERATIONS) + "). auto: Triton on a GPU, and with --compile_model only where it beats the compiler", ["auto"])
     attention: str = option("back end of attention: auto (a varlen kernel for packed documents on a GPU, else sdpa), sdpa, varlen, flash-attn, fa3, fa4 or flex", "auto", choices=ATTENTION_BACKENDS)
     compile_model: bool = option("torch.compile the model in place", False)
+    activation_checkpointing: str = option("which activations are not kept for the backward pass and computed again, with the same bits: none; selective (all but those of matrix products and attention); full (all but the blocks' inputs); or a number from 0.0 to 1.0, the share that is kept (docs/memory.md)", "none")
     strategy: str = option("how several ranks hold the model: ddp (each has all of it), fsdp (each has a part of weights, gradients and optimizer state) or accelerate (as the config of `accelerate launch` says, which is read in any case)", "ddp", choices=STRATEGIES)
     context_parallel: int = option("neighbouring ranks that share the tokens of each row, for rows longer than one device holds; the ranks are a multiple of it", 1, bound=POSITIVE)
     shard_size: int | None = option("ranks that share one copy of the model, which divide the number of ranks (default: all of them)", None, bound=POSITIVE, read_by=SHARDED)
@@ -455,6 +457,16 @@ class HardwareOptions:
     offload: str = option("none, or all: weights, gradients and optimizer state lie in the host's memory, which updates them", "none", choices=("none", "all"), read_by=SHARDED)
     profile: int | None = option("write a Chrome trace and a table by operator of so many steps to --save_dir/profile, after the first few", None, bound=POSITIVE)
     peak_tflops: float | None = option("peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None, bound=POSITIVE)
+
+    def check_hardware(self) -> None:
+        """UserError for activations to keep that are neither named nor a share."""
+        try:
+            share_kept(self.activation_checkpointing)
+        except ValueError:
+            raise UserError(
+                f"--activation_checkpointing {self.activation_checkpointing}: choose {', '.join(NAMES)}, or a number from 0.0 "
+                "to 1.0, the share of the blocks' activations that is kept"
+            ) from None
 
 
 # parts of the names of evaluations' figures; of `val_reward_loss` the first counts

@@ -7,7 +7,7 @@ fsdp    each has a part of every weight, of its gradient and of its optimizer st
 Under either, neighbouring ranks may share the tokens of each row (context.py): they are one to whom samples are divided.
 
 The order in which a model is changed is fixed here: sharded, where it starts on no device before it has weights, else when
-it has them; told with whom it shares rows; compiled in place; wrapped in DDP.
+it has them; told with whom it shares rows and which activations to keep; compiled in place; wrapped in DDP.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import nn
 
 from context import Context
 from errors import UserError
+from kernels.recompute import share_kept, ways
 from layers import Block
 from model import Transformer
 from ranks import Ranks
@@ -135,14 +136,26 @@ def _placement(parameter: nn.Parameter, size: int):
     return Shard(parameter.ndim - 1)
 
 
-def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool, context: int = 1) -> nn.Module:
+def prepare_model(
+    model: nn.Module, ranks: Ranks, *, compile_model: bool, again: str = "none", context: int = 1
+) -> nn.Module:
     """The model, whose rows `context` ranks share, compiled in place (so that parameter names stay) and, where ranks have all
-    of it each, wrapped in DDP."""
+    of it each, wrapped in DDP.
+
+    again: --activation_checkpointing, which activations are computed again. A share is the compiler's to divide, in every
+    block, where there is one.
+    """
     share_rows(model, ranks, context)
     sharded = is_sharded(model)
-    if compile_model:
-        for module in [module for module in model.modules() if isinstance(module, Block)] if sharded else [model]:
-            module.compile()
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    share = share_kept(again)
+    by_compiler = compile_model and share is not None
+    for block, way in zip(blocks, ways("none" if by_compiler else again, len(blocks)), strict=True):
+        block.recompute = way
+    if compile_model and (sharded or again != "none"):
+        _compile_blocks(blocks, 1.0 if share is None else share)
+    elif compile_model:
+        model.compile()
     if ranks.world_size == 1 or sharded:
         return model
     # gradients live in DDP's buckets, which saves a copy of them; buffers (4-bit weights) never change
@@ -150,6 +163,22 @@ def prepare_model(model: nn.Module, ranks: Ranks, *, compile_model: bool, contex
     return nn.parallel.DistributedDataParallel(
         model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
     )
+
+
+def _compile_blocks(blocks: Sequence[nn.Module], share: float) -> None:
+    """Compile each in place, to keep no more than this share of its activations for its backward pass.
+
+    Of a whole model the compiler would compute all blocks again before the first of them has its backward pass.
+    """
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = share
+    torch._dynamo.config.optimize_ddp = False  # DDP's gradients wait for no more than a block, which must not be cut
+    # blocks of another kind, and with dropout each of them, are compiled anew
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from errors import UserError
 from families.new_models import MIXTURES, parts_of_new
 from families.task_names import TASKS
 from kernels.linear_cross_entropy import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, MIN_CHUNK_ROWS
+from kernels.recompute import share_kept
 from model import ParameterCount, Transformer, count_parameters, flops_per_token
 from model_config import ModelConfig
 from training.config import TrainConfig
@@ -284,7 +285,7 @@ def _memory(
     if config.resolved_ema is not None:
         memory["weights' average (fp32)"] = 4.0 * averaged
     rows, tokens = tokens, -(-tokens // config.context_parallel)
-    memory["activations"] = float(models * tokens * model.num_hidden_layers * _kept_per_token(model) * width)
+    memory["activations"] = tokens * _activation_bytes(config, model, models, width)
     if config.context_parallel > 1:
         keys_values = 2 * model.num_key_value_heads * model.head_dim * width
         memory["keys and values of whole rows"] = float(models * rows * model.num_hidden_layers * keys_values)
@@ -329,6 +330,31 @@ def _shared_out(
     width = 2 if half and config.lora else 4
     share = gathered / whole
     return shared | {"gathered weights and gradients": gathered * float(width + 4 * (not config.lora)) + share * copies}
+
+
+def _activation_bytes(config: TrainConfig, model: ModelConfig, models: int, width: int) -> float:
+    """A token, of the blocks: what is kept of all of them, and what of the one whose backward pass it is, is computed again."""
+    blocks, whole = models * model.num_hidden_layers, float(_kept_per_token(model) * width)
+    # its input, the residual stream, which autocast leaves in fp32, and what is still to be added to it
+    inputs = float(model.hidden_size * (width + (width if config.lora else 4)))
+    share = share_kept(config.activation_checkpointing)
+    if share is None:
+        kept = {"none": whole, "full": inputs, "selective": inputs + float(_products_per_token(model) * width)}
+        one = kept[config.activation_checkpointing]
+    else:
+        one = share * whole + (1 - share) * inputs
+    again = whole - one if share is None else (whole - inputs) * (share < 1)
+    return blocks * one + again
+
+
+def _products_per_token(model: ModelConfig) -> int:
+    """Values a token that the products and the attention of a block give, but for the last, which is the next block's input."""
+    query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    kept = 2 * query + 2 * key_value + model.hidden_size
+    if model.num_experts is None:
+        return kept + (2 if model.gated_mlp else 1) * model.intermediate_size
+    assert model.experts_per_token is not None and model.expert_size is not None
+    return kept + model.experts_per_token * (2 * model.expert_size + model.hidden_size)
 
 
 def _kept_per_token(model: ModelConfig) -> int:

@@ -230,6 +230,48 @@ def compare(stage: str, ways: list[tuple[int, str]], workshop: Path, tmp_path: P
                 assert np.linalg.norm(gradients[name] - gradient) <= 1e-5 * max(least, np.linalg.norm(gradient)), name
 
 
+AGAIN = [(stage, setting) for stage in SHARDED for setting in ("full", "selective", "0.5")]
+QUICKLY_AGAIN = [
+    ("pretrain", "selective"), ("sft with dropout", "full"), ("sft with LoRA over NF4", "selective"), ("experts", "full"),
+    ("dpo with LoRA", "selective"), ("kto with LoRA", "full"), ("grpo with LoRA", "0.5"), ("ppo", "0.5"),
+    ("ppo with LoRA", "full"), ("ppo with LoRA", "selective"), ("mlm with dropout", "full"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "setting"), grid(AGAIN, QUICKLY_AGAIN))
+def test_a_step_has_the_same_bits_whatever_is_computed_again(stage, setting, workshop, tmp_path):
+    """--activation_checkpointing, in two micro-batches: figures and gradients are those of a step that keeps all."""
+    words = f"{SHARDED[stage]} --micro_batch_size 4"
+    expected = step(0, 1, workshop, words, tmp_path / "none")
+    found = step(0, 1, workshop, f"{words} --activation_checkpointing {setting}", tmp_path / "again")
+    _assert_same_bits(found, expected)
+
+
+def _assert_same_bits(found, expected) -> None:
+    assert found[:2] == expected[:2] and found[2].keys() == expected[2].keys()
+    for name, gradient in expected[2].items():
+        assert np.array_equal(found[2][name], gradient), name
+
+
+RANKS_AGAIN = [
+    (stage, strategy, setting)
+    for stage in ("experts", "gpt2 with dropout", "sft with LoRA over NF4", "kto with LoRA", "ppo with LoRA")
+    for strategy, setting in (("ddp", "selective"), ("fsdp", "full"), ("fsdp --no-reshard_after_forward", "selective"))
+    if strategy in ("ddp", "fsdp") or stage == "experts"
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy", "setting"), grid(RANKS_AGAIN, [("experts", "fsdp", "full"), ("experts", "ddp", "selective")])
+)
+def test_so_has_one_of_two_ranks(stage, strategy, setting, workshop, tmp_path):
+    words = f"{SHARDED[stage]} --micro_batch_size 2 --strategy {strategy}"
+    expected = run_ranks(step, 2, workshop, words, tmp_path / "none")
+    again = run_ranks(step, 2, workshop, f"{words} --activation_checkpointing {setting}", tmp_path / "again")
+    for one, other in zip(again, expected, strict=True):
+        _assert_same_bits(one, other)
+
+
 def judges_nothing(prompts, completions) -> list[None]:
     return [None] * len(completions)
 

@@ -17,7 +17,7 @@ from training.stage_plan import check_plan, read_as, read_plan
 FLAT = {
     "model_name_or_path": "base", "output_dir": "out", "dataset_name": "rows.jsonl", "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2, "num_train_epochs": 2, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,
-    "bf16": True, "fp16": False, "gradient_checkpointing": False, "max_grad_norm": 0.5, "logging_steps": 7, "save_steps": 9,
+    "bf16": True, "fp16": False, "gradient_checkpointing": True, "max_grad_norm": 0.5, "logging_steps": 7, "save_steps": 9,
     "eval_steps": 11, "eval_strategy": "steps", "save_total_limit": 2, "learning_rate": "2e-4", "weight_decay": 0.01,
     "adam_beta2": 0.99, "optim": "adamw_torch", "max_seq_length": 64, "seed": 5, "max_steps": -1, "report_to": "none",
     "use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "load_in_4bit": True,
@@ -34,6 +34,7 @@ NESTED = {
             "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
             "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "logging_steps", "save_steps", "eval_steps",
             "save_total_limit", "learning_rate", "weight_decay", "adam_beta2", "optim", "seed", "assistant_only_loss",
+            "gradient_checkpointing",
         )
     },
 }  # fmt: skip
@@ -43,7 +44,7 @@ OURS = {
     "grad_clip": 0.5, "log_interval": 7, "save_interval": 9, "eval_interval": 11, "keep_checkpoints": 2,
     "learning_rate": 2e-4, "weight_decay": 0.01, "beta2": 0.99, "optimizer": "adamw", "max_length": 64, "seed": 5,
     "lora": True, "lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "v_proj"], "load_in_4bit": True,
-    "attention": "sdpa", "train_on": "assistant",
+    "attention": "sdpa", "train_on": "assistant", "activation_checkpointing": "full",
 }  # fmt: skip
 
 
@@ -140,7 +141,6 @@ def test_report_to_is_log_to(written, value, log_to):
     [
         ({"device_map": "auto"}, "device_map auto cannot be done: a model is not spread over devices"),
         ({"trust_remote_code": True}, "trust_remote_code true cannot be done: no code"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing true cannot be done: activations"),
         ({"model": {"trust_remote_code": True}}, "trust_remote_code true cannot be done"),
         ({"quantization": {"bnb_4bit_quant_type": "fp4"}}, "bnb_4bit_quant_type fp4 cannot be done"),
         ({"lora": {"bias": "all"}}, "bias all cannot be done: adapters have no biases"),

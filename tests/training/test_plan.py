@@ -11,12 +11,17 @@ from adapters.actor_critic import ActorCritic, new_critic
 from adapters.lora import add_adapters
 from adapters.scalar_head import RewardModel
 from batches.packing import Sequence
+from bench.measure import tensor_peak_bytes
 from families.new_models import ENCODERS, NEW_MODELS
 from model import Transformer
+from ranks import Ranks
+from tests.tiers import grid
 from training.config import TrainConfig
 from training.optimizers import OPTIMIZERS, build_optimizers
+from training.parallel import prepare_model
 from training.plan import example_sizes, format_plan, learning_flops, model_shape, plan_run
 
+CPU = torch.device("cpu")
 EXAMPLES = {"data_dir": [], "init_from": "base", "train_data": ["a.jsonl"], "optimizer": "adamw", "sample_prompt": ""}
 DRAWN = {**EXAMPLES, "reward_model": "judge", "max_new_tokens": 8}
 
@@ -144,6 +149,27 @@ def test_activation_memory_is_near_what_autograd_saves(family):
     kept = kept_bytes(lambda: model(torch.zeros(64, 32, dtype=torch.int64)))
     assert math.isclose(plan.memory["activations"], kept, rel_tol=0.35)
     assert "activations" in format_plan(plan, config, shape, {})
+
+
+SETTINGS = [(setting, family) for setting in ("none", "selective", "full", "0.5") for family in (None, *NEW_MODELS)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "family"), grid(SETTINGS, [(setting, None) for setting, f in SETTINGS if f is None])
+)
+def test_activation_memory_is_near_what_a_step_takes(setting, family):
+    """Within 35 % of the peak of a forward and a backward pass of the blocks, whose gradients were there before."""
+    stage = "mlm" if family in ENCODERS else "pretrain"
+    options = {"batch_size": 64, "num_layers": 4, "model": family, "stage": stage, "sample_prompt": ""}
+    _, shape, plan = a_plan(**options, activation_checkpointing=setting)
+    model = Transformer(shape)
+    model.init_weights(0, zero_residual=False)
+    prepare_model(model, Ranks(0, 1, CPU), compile_model=False, again=setting)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.zeros(64, 32, dtype=torch.int64)
+    taken = tensor_peak_bytes(lambda: model(ids).sum().backward(), CPU)
+    assert math.isclose(plan.memory["activations"], taken, rel_tol=0.35)
 
 
 @pytest.mark.parametrize("family", [model for model in NEW_MODELS if model not in ENCODERS])
