@@ -33,7 +33,7 @@ from training.schedule import END_AT_MINIMUM, SCHEDULES, learning_rate_factor
 
 STAGES = ("pretrain", "mlm", "sft", "reward", "dpo", "grpo", "ppo", *TASKS)
 LAUNCHER = "accelerate"  # the strategy that its config asks for
-STRATEGIES = ("ddp", "fsdp", LAUNCHER)
+STRATEGIES = ("ddp", "fsdp", "deepspeed", LAUNCHER)
 PRECISIONS = ("auto", "bf16", "fp16", "none")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8},
@@ -416,7 +416,8 @@ class HardwareOptions:
     kernels: list[str] = option("auto, triton or torch; then, for single ones, operation=triton or operation=torch (operations: " + ", ".join(OPERATIONS) + "). auto: Triton on a GPU, and with --compile_model only where it beats the compiler", ["auto"])
     attention: str = option("back end of attention: auto (a varlen kernel for packed documents on a GPU, else sdpa), sdpa, varlen, flash-attn, fa3, fa4 or flex", "auto", choices=ATTENTION_BACKENDS)
     compile_model: bool = option("torch.compile the model in place", False)
-    strategy: str = option("how several ranks hold the model: ddp (each has all of it), fsdp (each has a part of weights, gradients and optimizer state) or accelerate (as the config of `accelerate launch` says, which is read in any case)", "ddp", choices=STRATEGIES)
+    strategy: str = option("how several ranks hold the model: ddp (each has all of it), fsdp (each has a part of weights, gradients and optimizer state), deepspeed (as --deepspeed says) or accelerate (as the config of `accelerate launch` says, which is read in any case)", "ddp", choices=STRATEGIES)
+    deepspeed: str | None = option("DeepSpeed's config, a JSON file; means --strategy deepspeed (docs/launchers.md)", None, read_by=Runs("--strategy deepspeed", lambda c: c.strategy == "deepspeed"))
     shard_size: int | None = option("ranks that share one copy of the model, which divide the number of ranks (default: all of them)", None, bound=POSITIVE, read_by=SHARDED)
     reshard_after_forward: bool = option("a block's weights are given up after its forward pass, and gathered again for its backward pass", True, read_by=SHARDED)
     offload: str = option("none, or all: weights, gradients and optimizer state lie in the host's memory, which updates them", "none", choices=("none", "all"), read_by=SHARDED)
