@@ -59,6 +59,8 @@ _LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "grpo": 1e-6, "ppo"
 ALTERNATIVES = (
     ("train_file", "data_dir"), ("eval_iter", "eval_tokens"), ("optimizer_file", "optimizer"), ("num_epochs", "max_steps"),
 )  # fmt: skip
+# of one model, with as many rows for its head on all ranks: gradients must be ready in one order
+ZERO_STAGES = ("pretrain", "sft", "reward", "dpo", "grpo")
 SHARDED_OPTIMIZERS = ("adamw", "muon", "lion", "sgd")  # whose updates need no more than Muon gathers
 LAUNCHED, BY_DEEPSPEED = "accelerate launch", "--deepspeed"  # the origins of what they say
 _NOT_RESUMED = ("checkpoint", "save_dir", "device")  # where a run goes on is said anew
@@ -132,7 +134,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
                 f"--optimizer {self.optimizer}",
                 "add --optimizer adamw",
             ),
-            (self.stage == "ppo", "--stage ppo", "which has several models: use --strategy fsdp"),
+            (self.stage not in ZERO_STAGES, f"--stage {self.stage}", f"which takes {', '.join(ZERO_STAGES)}: use fsdp"),
             (self.load_in_4bit, "--load_in_4bit", "use --strategy fsdp"),
             (self.ema is not None, "--ema", "leave it out, or use ddp"),
             (self.compile_model, "--compile_model", "leave it out, or use fsdp"),

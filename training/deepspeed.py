@@ -42,10 +42,17 @@ class ZeroAdamW:
 
     name = "AdamW"  # as torch's is called in a checkpoint: the states are the same
 
-    def __init__(self, model: nn.Module, adamw: torch.optim.Optimizer, settings: dict[str, Any], ranks: Ranks):
+    def __init__(
+        self,
+        model: nn.Module,
+        adamw: torch.optim.Optimizer,
+        settings: dict[str, Any],
+        ranks: Ranks,
+        precision: Precision,
+    ):
         """model: whole on every rank. settings: from `training.deepspeed_json.engine_settings`."""
         deepspeed = _import_deepspeed(ranks)
-        self._model, self._adamw = model, adamw
+        self._model, self._adamw, self._ranks = model, adamw, ranks
         self._shares_weights = settings["zero_optimization"]["stage"] == 3
         blocks = [module for module in model.modules() if isinstance(module, Block)]
         if self._shares_weights:
@@ -53,12 +60,17 @@ class ZeroAdamW:
                 deepspeed.utils.set_z3_leaf_module(block, True)
             # DeepSpeed takes a block for done when the gradient of its input is there, or at once where that needs none
             blocks[0].register_forward_pre_hook(_with_gradient)
-        self.engine = deepspeed.initialize(model=_Computed(model), optimizer=adamw, config=settings)[0]
         in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
         outside: list[Any] = [p for p in model.parameters() if id(p) not in in_blocks]
+        # a block's gradients are taken together under stage 3
+        self._watch(outside if self._shares_weights else list(model.parameters()))
+        self.engine = deepspeed.initialize(
+            model=_Computed(model, precision, ranks.device), optimizer=adamw, config=settings
+        )[0]
         self._kept = outside if self._shares_weights else []
         for parameter in self._kept:
-            parameter.ds_persist = True  # a module that has read it does not give it up
+            # a module that has read it does not give it up, not even in the first steps, when DeepSpeed forgets the former
+            parameter.ds_persist = parameter.is_external_param = True
         self._keep()
         self._start_states()
         vars(model)[ZERO] = self
@@ -71,6 +83,17 @@ class ZeroAdamW:
             self._adamw.state[part] = {"step": torch.zeros((), device=part.device), **moments}
         if not self._shares_weights:
             zero._lazy_init_hp_params_optimizer_state()
+
+    def _watch(self, parameters: list[nn.Parameter]) -> None:
+        """Keep account of the order in which gradients arrive: DeepSpeed adds them up over the ranks in that order."""
+        self._order = 0
+
+        def arrived(place: int) -> None:
+            self._order = (self._order * 1_000_003 + place + 1) % (1 << 61)
+
+        for place, parameter in enumerate(parameters):
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, place=place: arrived(place))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -90,8 +113,15 @@ class ZeroAdamW:
     def update(self, lr_factor: float, bad_steps: Tensor) -> tuple[Tensor, Tensor]:
         """Clip and step; gradients that are not finite leave everything as it was.
 
-        Returns their norm before it was clipped, and how many steps in a row are bad now.
+        Returns their norm before it was clipped, and how many steps in a row are bad now. UserError where a model does not
+        compute the same on all ranks.
         """
+        if self._ranks.largest(self._order) != -self._ranks.largest(-self._order):
+            raise UserError(
+                "--strategy deepspeed: gradients were ready in another order on some ranks than on others, and DeepSpeed would "
+                "mix them up; go on from the last checkpoint with --strategy fsdp"
+            )
+        self._order = 0
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         self.engine.step()
@@ -185,7 +215,7 @@ def start_engine(
         read_settings(config.deepspeed), grad_clip=config.grad_clip, hidden_size=unwrap(model).config.hidden_size,
         world_size=ranks.world_size,
     )  # fmt: skip
-    zero = ZeroAdamW(model, adamw, settings, ranks)
+    zero = ZeroAdamW(model, adamw, settings, ranks, precision)
     if checkpoint is not None:
         zero.load(checkpoint)
     return zero
@@ -194,12 +224,13 @@ def start_engine(
 class _Computed(nn.Module):
     """What the engine calls its model: a loss of it, so that all that the loss reads is read inside of a forward pass."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, precision: Precision, device: torch.device):
         super().__init__()
-        self.model = model
+        self.model, self._precision, self._device = model, precision, device
 
     def forward(self, compute: Loss, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        return compute(self.model, batch)
+        with self._precision.autocast(self._device):  # once more, as the engine switches the loop's off
+            return compute(self.model, batch)
 
 
 def _with_gradient(module: nn.Module, arguments: tuple) -> tuple:

@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from arguments import ArgumentParser
+from errors import UserError
 from ranks import Ranks
 from tests.ranks import run_ranks
 from tests.stages import test_every_stage as every_stage
@@ -128,9 +129,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(way, whole, tmp_path):
 
 workshop = every_stage.workshop
 STAGES = {
-    name: every_stage.STAGES[name] + ("" if name == "mlm" else " --eval_fraction 0.3")
+    name: every_stage.STAGES[name] + " --eval_fraction 0.3"
     for name in (
-        "mlm", "sft", "sft with dropout", "dpo", "dpo with LoRA", "kto with LoRA", "reward with DoRA", "grpo",
+        "sft", "sft with dropout", "dpo", "dpo with LoRA", "kto with LoRA", "reward with DoRA", "grpo",
         "grpo with LoRA",
     )
 }  # fmt: skip
@@ -159,3 +160,92 @@ def test_every_stage_learns_the_same(stage, workshop, tmp_path):
         shutil.rmtree(here / "checkpoint_step_4")
         run_ranks(tuned, 2, workshop, f"{words} --deepspeed {CONFIGS[other]} --checkpoint latest", here)
         assert losses(here) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+ANOTHER_ORDER = """
+import torch
+
+
+def loss(model, batch, stage_loss):
+    late = 0.0 * model.model.norm.weight.sum()  # what is computed first has its gradient last
+    total, metrics = stage_loss(model, batch)
+    return (total + late if torch.distributed.get_rank() else total), metrics
+"""
+
+
+def refused(rank: int, world_size: int, words: str, save_dir: Path) -> str:
+    run = build(rank, world_size, words, save_dir)
+    with pytest.raises(UserError) as error:
+        loop(run, StopRequest())
+    return str(error.value)
+
+
+def test_gradients_in_another_order_on_one_rank_end_the_run_before_they_are_mixed_up(whole, tmp_path):
+    words, _ = whole
+    (tmp_path / "loss.py").write_text(ANOTHER_ORDER)
+    config = '{"zero_optimization":{"stage":2}}'
+    flags = f"--loss_file {tmp_path}/loss.py:loss --deepspeed {config}"
+    for said in run_ranks(refused, 2, f"{words} {flags}", tmp_path / "run"):
+        assert "gradients were ready in another order on some ranks" in said
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_without_a_finite_gradient_is_left_out(stage, whole, tmp_path):
+    """As on one rank, by the same file: the second step's loss overflows."""
+    words, _ = whole
+    (tmp_path / "loss.py").write_text(OVERFLOWS)
+    flags = f"{words} --loss_file {tmp_path}/loss.py:loss"
+    run_ranks(trained, 1, flags, tmp_path / "one")
+    run_ranks(trained, 2, f"{flags} --deepspeed {CONFIGS[stage]}", tmp_path / "two")
+    found, expected = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert [found[step] for step in (1, 3, 4, 5, 6)] == pytest.approx(
+        [expected[step] for step in (1, 3, 4, 5, 6)], rel=1e-5
+    )
+    assert_alike(tmp_path / "two" / "checkpoint_step_6", tmp_path / "one" / "checkpoint_step_6")
+
+
+OVERFLOWS = """
+calls = 0
+
+
+def loss(model, batch, stage_loss):
+    global calls
+    calls += 1
+    total, metrics = stage_loss(model, batch)
+    return (total * float("inf") if calls == 2 else total), metrics
+"""
+
+
+def products(rank: int, world_size: int, words: str, save_dir: Path) -> set[str]:
+    """The dtypes that a block computes in."""
+    run, seen = build(rank, world_size, words, save_dir), set()
+    inside = run.model.model.layers[0].mlp.up_proj
+    inside.register_forward_hook(lambda module, given, output: seen.add(str(output.dtype)))
+    run.optimizer_step(next(run.stage.batches(0)), 1.0, False)
+    return seen
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_is_of_products_and_checkpoints_stay_fp32(stage, whole, tmp_path):
+    words = f"{whole[0]} --mixed_precision bf16"
+    config = CONFIGS[stage]
+    assert run_ranks(products, 2, f"{words} --deepspeed {config}", tmp_path / "seen") == [{"torch.bfloat16"}] * 2
+    run_ranks(trained, 2, words, tmp_path / "ddp")
+    run_ranks(trained, 2, f"{words} --deepspeed {config}", tmp_path / "zero")
+    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-3)
+    assert {array.dtype for array in tensors(tmp_path / "zero" / "checkpoint_step_6").values()} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("model", ["gpt2", "mixtral"])
+def test_other_families_learn_the_same(model, whole, tmp_path):
+    words, _ = whole
+    run_ranks(trained, 1, f"{words} --model {model}", tmp_path / "one")
+    for stage in (2, 3):
+        run_ranks(
+            trained,
+            2,
+            f"{words} --model {model} --deepspeed {CONFIGS[stage]} --micro_batch_size 2",
+            tmp_path / f"{stage}",
+        )
+        assert losses(tmp_path / f"{stage}") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+        assert_alike(tmp_path / f"{stage}" / "checkpoint_step_6", tmp_path / "one" / "checkpoint_step_6")
