@@ -26,9 +26,9 @@ test: $(VENV)/.installed-dev
 test-all: test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "exhaustive and not gpu"
 
-# runs that Accelerate starts, which the other tests do without
+# runs that Accelerate starts or DeepSpeed shares out, which the other tests do without
 test-distributed: $(VENV)/.installed-dev requirements-distributed.txt
-	@$(PIP) -r requirements-distributed.txt $(AND_SAY_WHY)
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r requirements-distributed.txt $(AND_SAY_WHY)
 	$(VENV)/bin/python -m pytest tests/distributed
 
 lint: $(VENV)/.installed-dev

@@ -1,7 +1,8 @@
 """How is a model handled of whose parameters each rank holds a part? Filled, read whole, gathered, and gone through together.
 
-Its parameters are DTensors (FSDP2, https://arxiv.org/abs/2304.11277 and torch.distributed.fsdp.fully_shard). Of a plain model
-all of this is what it always was: nothing is gathered, and no rank waits for another.
+Its parameters are DTensors (FSDP2, https://arxiv.org/abs/2304.11277 and torch.distributed.fsdp.fully_shard), or DeepSpeed's,
+whose engine is then the model's attribute ZERO (training/deepspeed.py). Of a plain model all of this is what it always was:
+nothing is gathered, and no rank waits for another.
 """
 
 import contextlib
@@ -15,16 +16,63 @@ from torch import Tensor, nn
 from ranks import Ranks, move_on
 
 T = TypeVar("T")
+ZERO = "zero"
+
+
+class Deferred(Tensor):
+    """A tensor without values, and what gives them: the ranks' parts put together, when `whole` asks for it.
+
+    Views of it (a transpose, one of several experts) are views of what will be put together.
+    """
+
+    build: Callable[[], Tensor]
+    _meta: Tensor
+
+    @classmethod
+    def like(cls, meta: Tensor, build: Callable[[], Tensor]) -> "Deferred":
+        """meta: on "meta", with the shape, strides and dtype of what `build` returns. Every rank calls `build`."""
+        made = cls._make_wrapper_subclass(cls, meta.shape, meta.stride(), dtype=meta.dtype)
+        made.build, made._meta = build, meta
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        first, *others = args
+        seen = func(first._meta, *others, **(kwargs or {}))
+
+        def build() -> Any:
+            return func(first.build(), *others, **(kwargs or {}))
+
+        if isinstance(seen, Tensor):
+            return cls.like(seen, build)
+        return [cls.like(one, lambda place=place: build()[place]) for place, one in enumerate(seen)]  # type: ignore[misc]
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether `tensor` is a DTensor. Where nobody imported their module, which takes a second, there are none."""
+    """Whether `tensor` has to be put together. Where nobody imported DTensors' module, which takes a second, there are none."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return isinstance(tensor, Deferred) or (module is not None and isinstance(tensor, module.DTensor))
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return bool(_sharded_modules(model))
+    return bool(_sharded_modules(model)) or ZERO in vars(model)
+
+
+def held(parameter: Tensor) -> Tensor:
+    """The parameter's values; of one that DeepSpeed shares out (ZeRO 3) what stands for them until `whole` is asked."""
+    shape = getattr(parameter, "ds_shape", None)
+    if shape is None:
+        return parameter.detach()
+
+    def build() -> Tensor:
+        import deepspeed
+
+        if parameter.numel() == shape.numel():  # it stays gathered
+            return parameter.detach()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    return Deferred.like(torch.empty(shape, dtype=parameter.dtype, device="meta"), build)
 
 
 def gives_up_blocks(model: nn.Module) -> bool:
@@ -34,6 +82,8 @@ def gives_up_blocks(model: nn.Module) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with the parts of all ranks, on each of them, so every rank calls it; a plain one as it is."""
+    if isinstance(tensor, Deferred):
+        return tensor.build()
     return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -60,6 +110,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     It costs the memory of all weights. Nothing may be trained inside.
     """
+    if ZERO in vars(model):
+        with vars(model)[ZERO].gathered():
+            yield
+        return
     sharing: dict[Any, Any] = {module: module.context for module in model.modules() if hasattr(module, "context")}
     for module in sharing:
         module.context = None

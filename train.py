@@ -32,7 +32,7 @@ from generation.sampling import stream_text
 from kernels.attention_backends import describe_attention
 from layers import use_fp8
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
-from sharding import gathered, padded, whole
+from sharding import ZERO, gathered, padded, whole
 from stages.build import Stage, StageData, build_stage, can_be_ahead, open_stage_data
 from stages.classify import Classify
 from stages.custom_loss import choose_loss
@@ -48,7 +48,15 @@ from training.hooks import Hooks, load_hooks
 from training.loading import build_model, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
 from training.numerics import choose_numerics, machine_lines
-from training.parallel import StopRequest, gradient_sync, grouped, prepare_model, settle_gradient_buckets, sharding_of
+from training.parallel import (
+    StopRequest,
+    gradient_sync,
+    grouped,
+    loss_of,
+    prepare_model,
+    settle_gradient_buckets,
+    sharding_of,
+)
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
 from training.precision import LossScaler, Precision
 from training.profile import StepProfile
@@ -136,8 +144,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         config = dataclasses.replace(config, max_steps=config.steps_of_epochs(data.num_samples))
 
     # ------------------------------------------------------------------------------------------------------------- plan
-    tokenizer = data.tokenizer
-    shape = shape_of(config, base_shape, tokenizer, data.max_length, data.num_new_tokens)
+    shape = shape_of(config, base_shape, data.tokenizer, data.max_length, data.num_new_tokens)
     shard = sharding_of(config, ranks)
     plan = plan_run(
         config, shape, max_length=data.max_length, world_size=ranks.world_size,
@@ -157,13 +164,13 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
 
     # ------------------------------------------------------------------------------------------------ model, optimizers
     raw_model = build_model(
-        config, shape, base, resumed_from, kernels=kernels, num_real_tokens=tokenizer.vocab_size,
+        config, shape, base, resumed_from, kernels=kernels, num_real_tokens=data.tokenizer.vocab_size,
         num_new_tokens=data.num_new_tokens, device=ranks.device, precision=precision,
         rows=plan.micro_batch_size * data.max_length, task=data.task.task if data.task else None, shard=shard,
     )  # fmt: skip
     if precision.fp8:
         use_fp8(raw_model)
-    optimizers = make_optimizers(config, raw_model, resumed_from, precision)
+    optimizers = make_optimizers(config, raw_model, resumed_from, precision, ranks)
     scaler = LossScaler(ranks.device, enabled=precision.dtype == torch.float16)
     if resumed_from:
         scaler.load(saved["scaler"])
@@ -293,7 +300,7 @@ class Run:
     def __post_init__(self) -> None:
         self.bad_steps = torch.zeros((), device=self.ranks.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.loss = choose_loss(self.config, self.stage.loss)
+        self.loss = loss_of(self.model, choose_loss(self.config, self.stage.loss))
 
     def backward(self, micro_batches: list[MicroBatch], total_weight: float) -> Metrics:
         """Forward and backward over this rank's micro-batches; gradients become those of Σ loss / total_weight over all ranks."""
@@ -337,6 +344,9 @@ class Run:
 
     def update_weights(self, lr_factor: float, metrics: Metrics) -> Tensor:
         """One step of every optimizer with the gradients as they are; returns their norm before it is clipped."""
+        if zero := vars(self.model).get(ZERO):  # DeepSpeed's engine, which clips by itself
+            grad_norm, self.bad_steps = zero.update(lr_factor, self.bad_steps)
+            return grad_norm
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler.enabled:
             torch._foreach_mul_(gradients, (1.0 / self.scaler.scale).to(gradients[0].device))
@@ -399,9 +409,8 @@ class Run:
 
     def sample(self, step: int) -> None:
         if self.ranks.is_main:
-            inner = unwrap(self.model)
             text = stream_text(
-                getattr(inner, "policy", inner), self.data.tokenizer, self.config.sample_prompt,
+                getattr(unwrap(self.model), "policy", unwrap(self.model)), self.data.tokenizer, self.config.sample_prompt,
                 max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=50, top_p=0.95, seed=self.config.seed,
             )  # fmt: skip
             self.log.sample(step, self.config.sample_prompt, "".join(text))

@@ -33,6 +33,7 @@ from families.names import FAMILIES
 from families.weights import stored_path, stored_views
 from model import open_safetensors, read_json
 from ranks import unwrap
+from sharding import held
 
 _PREFIX = "base_model.model."  # of every tensor in a PEFT file: PEFT's own wrappers around the model
 _LEARNED_OVER = "base_weights"  # in the header of our adapter files: "nf4" or "full"
@@ -61,15 +62,15 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """
     _known_settings(model, name)
     rows = token_rows(model) if name == "default" else {}
-    state = {_row_key(model, layer): adapter.trainable_tokens_delta.detach() for layer, adapter in rows.items()}
+    state = {_row_key(model, layer): held(adapter.trainable_tokens_delta) for layer, adapter in rows.items()}
     state |= _heads(model)
     for path, stored in block_linears(model).items():
         layer = unwrap(model).get_submodule(path)
         if isinstance(layer, LoraLinear) and name in layer.scales:
-            state[f"{_PREFIX}{stored}.lora_A.weight"] = layer.lora_A[name].detach()
-            state[f"{_PREFIX}{stored}.lora_B.weight"] = layer.lora_B[name].detach()
+            state[f"{_PREFIX}{stored}.lora_A.weight"] = held(layer.lora_A[name])
+            state[f"{_PREFIX}{stored}.lora_B.weight"] = held(layer.lora_B[name])
             if name in layer.lora_magnitude_vector:
-                state[f"{_PREFIX}{stored}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].detach()
+                state[f"{_PREFIX}{stored}.lora_magnitude_vector"] = held(layer.lora_magnitude_vector[name])
     return state
 
 
@@ -139,7 +140,7 @@ def _heads(model: nn.Module) -> dict[str, Tensor]:
     """The heads that learn whole, under PEFT's keys."""
     state: dict[str, Tensor] = {}
     for name, parameter in head_parameters(model).items():
-        state |= stored_views(unwrap(model).config.family, name, parameter.detach())
+        state |= stored_views(unwrap(model).config.family, name, held(parameter))
     return {f"{_PREFIX}{stored}": tensor for stored, tensor in state.items()}
 
 

@@ -4,8 +4,10 @@ A folder is verified to its last byte before anything is read of it, and no pick
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,17 +140,12 @@ def load_optimizers(path: str | os.PathLike, model: nn.Module, optimizers: list[
     names = parameter_names(model)
     by_name = {names[id(p)]: p for one in optimizers for group in one.param_groups for p in group["params"]}
     state: dict[str, dict[str, Tensor]] = {}
-    with _open_tensors(path / OPTIMIZER) as tensors:
-        written_with = (tensors.metadata() or {}).get("optimizers", "")
-        if written_with != (here := optimizer_names(optimizers)):
-            raise UserError(f"checkpoint {path} was written with {written_with}, this run uses {here}: set --optimizer")
-        for key in tensors.keys():  # noqa: SIM118 - not a dict
-            parameter_name, _, state_name = key.rpartition(".")
-            # A copy, because safetensors hands out memory that is mapped from the file.
-            value, parameter = tensors.get_tensor(key).clone(), by_name.get(parameter_name)
-            if parameter is not None and value.shape == parameter.shape:
-                value = like(value, parameter)
-            state.setdefault(parameter_name, {})[state_name] = value
+    for parameter_name, state_name, mapped in stored_states(path, optimizers):
+        # A copy, because safetensors hands out memory that is mapped from the file.
+        value, parameter = mapped.clone(), by_name.get(parameter_name)
+        if parameter is not None and value.shape == parameter.shape:
+            value = like(value, parameter)
+        state.setdefault(parameter_name, {})[state_name] = value
 
     for optimizer in optimizers:
         packed = optimizer.state_dict()
@@ -172,6 +169,17 @@ def load_optimizers(path: str | os.PathLike, model: nn.Module, optimizers: list[
                 optimizer.state[parameters[index]] = {name: tensor.to(device) for name, tensor in restored.items()}
     if state:
         raise UserError(f"checkpoint {path} has optimizer state of what this model does not train: {_some(state)}")
+
+
+def stored_states(path: Path, optimizers: list[Any]) -> Iterator[tuple[str, str, Tensor]]:
+    """(parameter, state, value mapped from the file) of all that a checkpoint's optimizers hold. UserError for others."""
+    with _open_tensors(path / OPTIMIZER) as tensors:
+        written_with = (tensors.metadata() or {}).get("optimizers", "")
+        if written_with != (here := optimizer_names(optimizers)):
+            raise UserError(f"checkpoint {path} was written with {written_with}, this run uses {here}: set --optimizer")
+        for key in tensors.keys():  # noqa: SIM118 - not a dict
+            parameter_name, _, state_name = key.rpartition(".")
+            yield parameter_name, state_name, tensors.get_tensor(key)
 
 
 def load_state(path: str | os.PathLike) -> dict:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from families.weights import stored_views
 from ranks import unwrap
-from sharding import is_part
+from sharding import ZERO, held, is_part
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -22,6 +22,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     seen = set()
+    parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
     for name, tensor in unwrap(model).state_dict().items():
         if "_orig_mod." in name:
             raise ValueError(f"{name}: compile in place, model.compile(); torch.compile(model) renames the weights")
@@ -30,7 +31,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
             if identity in seen:
                 continue
             seen.add(identity)
-        tensors |= stored_views(unwrap(model).config.family, name, tensor)
+        values = held(parameters[name]) if name in parameters else tensor
+        tensors |= stored_views(unwrap(model).config.family, name, values)
     return tensors
 
 
@@ -40,6 +42,8 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
     What torch's optimizers hold as None, such as the momentum of an SGD without one, is left out.
     """
     names = parameter_names(model)
+    if ZERO in vars(model):
+        return vars(model)[ZERO].named_states()
     return {
         f"{names[id(parameter)]}.{state_name}": torch.as_tensor(value)
         for optimizer in optimizers

@@ -5,6 +5,7 @@ environment, where Accelerate's own classes would find it. It is read here, with
 project: the loop, the sharding and the checkpoints are this project's own. What has no such option is refused by name.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -61,7 +62,8 @@ def options_of_launcher(environment: Mapping[str, str], asked: bool) -> dict[str
     elif asked and not _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         found["strategy"] = Said("ddp", "accelerate launch (without a plugin)")
     elif _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
-        raise UserError("accelerate launch --use_deepspeed: ranks share weights by FSDP here; choose its FSDP plugin")
+        found["strategy"] = Said("deepspeed", "accelerate launch (ACCELERATE_USE_DEEPSPEED)")
+        found["deepspeed"] = Said(_deepspeed(environment), "accelerate launch (its DeepSpeed plugin)")
     return found
 
 
@@ -123,12 +125,33 @@ def _fsdp(environment: Mapping[str, str]) -> dict[str, Said]:
     return found
 
 
+def _deepspeed(environment: Mapping[str, str]) -> str:
+    """What --deepspeed is given: the plugin's config file, or its own settings as JSON.
+
+    zero3_init_flag changes nothing: a model is whole on each rank before DeepSpeed shares it out (docs/launchers.md).
+    """
+    prefix = "ACCELERATE_DEEPSPEED_"
+    if _is_on(environment, f"{prefix}CONFIG_FILE"):
+        return environment[f"{prefix}CONFIG_FILE"]
+    zero: dict[str, Any] = {"stage": _number(environment, f"{prefix}ZERO_STAGE", "2")}
+    for part in ("optimizer", "param"):
+        device = environment.get(f"{prefix}OFFLOAD_{part.upper()}_DEVICE", "none")
+        zero |= {f"offload_{part}": {"device": device}} if device != "none" else {}
+    settings: dict[str, Any] = {"zero_optimization": zero}
+    if "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in environment:
+        passes = environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]
+        settings["gradient_accumulation_steps"] = int(passes) if passes.isdigit() else passes
+    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
+    settings["gradient_clipping"] = clipping if clipping in ("auto", "none") else float(clipping)
+    return json.dumps({name: value for name, value in settings.items() if value not in ("auto", "none")})
+
+
 def _is_on(environment: Mapping[str, str], name: str, default: str = "") -> bool:
     return environment.get(name, default).lower() not in _FALSE
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
+def _number(environment: Mapping[str, str], name: str, default: str = "1") -> int:
     try:
-        return int(environment.get(name, "1"))
+        return int(environment.get(name, default))
     except ValueError as error:
         raise UserError(f"accelerate launch: {name} must be a number, and is {environment[name]!r}") from error

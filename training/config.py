@@ -21,6 +21,7 @@ from families.new_models import ENCODERS
 from families.task_names import TASKS
 from training.accelerate import Said, options_of_launcher
 from training.config_file import read_config_file
+from training.deepspeed_json import options_of_settings, read_settings, stage_of
 from training.log_to import check_packages
 from training.option import add_flags, check_bounds, specs_of
 from training.option_groups import (
@@ -58,8 +59,10 @@ _LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "grpo": 1e-6, "ppo"
 ALTERNATIVES = (
     ("train_file", "data_dir"), ("eval_iter", "eval_tokens"), ("optimizer_file", "optimizer"), ("num_epochs", "max_steps"),
 )  # fmt: skip
+# of one model, with as many rows for its head on all ranks: gradients must be ready in one order
+ZERO_STAGES = ("pretrain", "sft", "reward", "dpo", "grpo")
 SHARDED_OPTIMIZERS = ("adamw", "muon", "lion", "sgd")  # whose updates need no more than Muon gathers
-LAUNCHED = "accelerate launch"  # the origin of what it says
+LAUNCHED, BY_DEEPSPEED = "accelerate launch", "--deepspeed"  # the origins of what they say
 # where a run goes on is said anew, what is looked at, and how long is waited
 _NOT_RESUMED = ("checkpoint", "save_dir", "device", "profile", "timeout")
 # what a first run is asked for: the flags that `--help` alone shows
@@ -119,6 +122,8 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
                 f"--attention {self.attention} is not for --context_parallel, whose queries are a part of a row: choose auto, "
                 "sdpa or flex"
             )
+        if self.strategy == "deepspeed":
+            self._check_deepspeed()
         if self.strategy != "fsdp":
             return
         if self.optimizer_file or self.optimizer not in SHARDED_OPTIMIZERS:
@@ -126,6 +131,33 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             raise UserError(f"{named} is not for --strategy fsdp: choose {', '.join(SHARDED_OPTIMIZERS)}, or ddp")
         if self.ema is not None:
             raise UserError("--ema is not for --strategy fsdp: leave it out, or use ddp")
+
+    def _check_deepspeed(self) -> None:
+        """UserError for what DeepSpeed's engine, or what is made of it here, cannot do."""
+        if self.deepspeed is None:
+            raise UserError("--deepspeed is missing: name a config, such as configs/deepspeed/zero2.json")
+        stage = stage_of(read_settings(self.deepspeed))
+        alone = "--strategy deepspeed"
+        for refused, named, reason in (
+            (
+                self.optimizer_file or self.optimizer != "adamw",
+                f"--optimizer {self.optimizer}",
+                "add --optimizer adamw",
+            ),
+            (self.stage not in ZERO_STAGES, f"--stage {self.stage}", f"which takes {', '.join(ZERO_STAGES)}: use fsdp"),
+            (self.load_in_4bit, "--load_in_4bit", "use --strategy fsdp"),
+            (self.ema is not None, "--ema", "leave it out, or use ddp"),
+            (self.compile_model, "--compile_model", "leave it out, or use fsdp"),
+            (self.mixed_precision == "fp16", "--mixed_precision fp16", "whose loss scale it keeps to itself: use bf16"),
+            (self.mixed_precision == "fp8", "--mixed_precision fp8", "use bf16, or --strategy fsdp"),
+            (self.spike_guard is not None, "--spike_guard", "whose verdict it would not wait for: use fsdp"),
+            (self.context_parallel > 1, "--context_parallel", "use --strategy fsdp"),
+            (self.activation_checkpointing != "none", "--activation_checkpointing", "use --strategy fsdp"),
+            (self.async_checkpoint, "--async_checkpoint", "leave it out, or use fsdp"),
+            (self.lora and self.add_chat_tokens, "--lora with --add_chat_tokens", "use --strategy fsdp"),
+        ):
+            if refused:
+                raise UserError(f"{named} is not for {alone} (ZeRO {stage}): {reason}")
 
     def _check_stage(self, data_needed: bool) -> None:
         """UserError where what the stage starts from or learns from is missing, or was given for another stage."""
@@ -223,12 +255,15 @@ def resolve_config(
     given = dict(given)
     config_file = given.pop("config", None)
     from_file = read_config_file(config_file, given.get("stage"), bool(saved)) if config_file else {}
-    said = {**from_file, **given}
-    launched = options_of_launcher(os.environ, asked=said.get("strategy") == LAUNCHER)
-    for place in (from_file, given) if said.get("strategy") == LAUNCHER else ():
+    by_launcher = {**from_file, **given}.get("strategy") == LAUNCHER
+    launched = options_of_launcher(os.environ, asked=by_launcher)
+    for place in (from_file, given) if by_launcher else ():
         place.pop("strategy", None)  # it is what the launcher says
     _refuse_contradiction({**from_file, **given}, launched)
     chosen = {**(saved or {}), **from_file, **given}
+    named = {**from_file, **given, **{name: said.value for name, said in launched.items()}}
+    zero = _of_deepspeed(chosen, named)
+    _refuse_contradiction(named, zero)
     layers = [
         ("stage", _stage_defaults(chosen.get("stage", "pretrain"), chosen.get("lora", False), chosen.get("optimizer"))),
         ("checkpoint", {name: value for name, value in (saved or {}).items() if name not in _NOT_RESUMED}),
@@ -237,6 +272,7 @@ def resolve_config(
         ("preset", PRESETS.get(given.get("preset", ""), {})),  # named on the command line, it beats the file's sizes
         ("command line", given),
         (LAUNCHED, {name: said.value for name, said in launched.items()}),
+        (BY_DEEPSPEED, {name: said.value for name, said in zero.items()}),
     ]
     values: dict[str, Any] = {}
     origins = dict.fromkeys(SPECS, "default")
@@ -265,10 +301,22 @@ def _refuse_contradiction(given: dict[str, Any], launched: dict[str, Said]) -> N
             )
 
 
+def _of_deepspeed(chosen: dict[str, Any], said: dict[str, Any]) -> dict[str, Said]:
+    """What a run with DeepSpeed takes from DeepSpeed's config. said: of `chosen` what is not of the run that goes on."""
+    goes_on = said.get("strategy", chosen.get("strategy")) == "deepspeed"
+    named = said.get("deepspeed") or (chosen.get("deepspeed") if goes_on else None)
+    if named is None:
+        return {}
+    return options_of_settings(read_settings(named), {**chosen, **said}, int(os.environ.get("WORLD_SIZE", 1)))
+
+
 def of_launcher(config: TrainConfig, origins: dict[str, str]) -> list[str]:
-    """A line with the options that `accelerate launch` stands for; none where it says nothing."""
-    flags = [as_flag(name, getattr(config, name)) for name, origin in origins.items() if origin == LAUNCHED]
-    return [f"{LAUNCHED}: as with {' '.join(flags)}"] if flags else []
+    """Lines with the options that `accelerate launch` and DeepSpeed's config stand for; none where they say nothing."""
+    lines = []
+    for launcher in (LAUNCHED, BY_DEEPSPEED):
+        flags = [as_flag(name, getattr(config, name)) for name, origin in origins.items() if origin == launcher]
+        lines += [f"{launcher}: as with {' '.join(flags)}"] if flags else []
+    return lines
 
 
 def as_flag(name: str, value: Any) -> str:

@@ -32,9 +32,10 @@ from families.task_names import TASKS
 from kernels.choice import KernelChoice
 from model import Transformer, read_json
 from model_config import ModelConfig
-from ranks import unwrap
+from ranks import Ranks, unwrap
 from training.averages import EMA_FILE, Ema, train_on
 from training.config import TrainConfig
+from training.deepspeed import start_engine
 from training.optimizers import build_optimizers
 from training.precision import Precision
 from training.update_rules import skip_flag
@@ -325,15 +326,17 @@ def _load_parts(config: TrainConfig, model: Transformer | ActorCritic, checkpoin
 
 
 def make_optimizers(
-    config: TrainConfig, model: nn.Module, checkpoint: Path | None, precision: Precision
-) -> list[torch.optim.Optimizer]:
-    """The optimizers of what learns, with the state that `checkpoint` holds."""
+    config: TrainConfig, model: nn.Module, checkpoint: Path | None, precision: Precision, ranks: Ranks
+) -> list[Any]:
+    """The optimizers of what learns, with the state that `checkpoint` holds. Where it does so, DeepSpeed shares out `model`."""
     optimizers = build_optimizers(
         model, name=config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
         layer_lr_decay=config.layer_lr_decay, file=config.optimizer_file, **config.optimizer_settings,
         eps=1e-5 if config.stage == "ppo" else 1e-8,  # Huang et al. 2024, detail 5
         muon_dtype=torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32,
     )  # fmt: skip
+    if config.strategy == "deepspeed" and ranks.world_size > 1:
+        return [start_engine(config, model, optimizers[0], ranks, precision, checkpoint)]
     if checkpoint is not None:
         load_optimizers(checkpoint, model, optimizers)
         train_on(model, optimizers)

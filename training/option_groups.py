@@ -34,7 +34,7 @@ from training.schedule import END_AT_MINIMUM, SCHEDULES, learning_rate_factor
 
 STAGES = ("pretrain", "mlm", "sft", "reward", "dpo", "grpo", "ppo", *TASKS)
 LAUNCHER = "accelerate"  # the strategy that its config asks for
-STRATEGIES = ("ddp", "fsdp", LAUNCHER)
+STRATEGIES = ("ddp", "fsdp", "deepspeed", LAUNCHER)
 PRECISIONS = ("auto", "bf16", "fp16", "fp8", "none")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8},
@@ -450,7 +450,8 @@ class HardwareOptions:
     attention: str = option("back end of attention: auto (a varlen kernel for packed documents on a GPU, else sdpa), sdpa, varlen, flash-attn, fa3, fa4 or flex", "auto", choices=ATTENTION_BACKENDS)
     compile_model: bool = option("torch.compile the model in place", False)
     activation_checkpointing: str = option("which activations are not kept for the backward pass and computed again, with the same bits: none; selective (all but those of matrix products and attention); full (all but the blocks' inputs); or a number from 0.0 to 1.0, the share that is kept (docs/memory.md)", "none")
-    strategy: str = option("how several ranks hold the model: ddp (each has all of it), fsdp (each has a part of weights, gradients and optimizer state) or accelerate (as the config of `accelerate launch` says, which is read in any case)", "ddp", choices=STRATEGIES)
+    strategy: str = option("how several ranks hold the model: ddp (each has all of it), fsdp (each has a part of weights, gradients and optimizer state), deepspeed (as --deepspeed says) or accelerate (as the config of `accelerate launch` says, which is read in any case)", "ddp", choices=STRATEGIES)
+    deepspeed: str | None = option("DeepSpeed's config, a JSON file; means --strategy deepspeed (docs/launchers.md)", None, read_by=Runs("--strategy deepspeed", lambda c: c.strategy == "deepspeed"))
     context_parallel: int = option("neighbouring ranks that share the tokens of each row, for rows longer than one device holds; the ranks are a multiple of it", 1, bound=POSITIVE)
     shard_size: int | None = option("ranks that share one copy of the model, which divide the number of ranks (default: all of them)", None, bound=POSITIVE, read_by=SHARDED)
     reshard_after_forward: bool = option("a block's weights are given up after its forward pass, and gathered again for its backward pass", True, read_by=SHARDED)

@@ -3,6 +3,7 @@
 ddp     each has all of it; gradients are averaged
 fsdp    each has a part of every weight, of its gradient and of its optimizer state, and a block's weights are gathered for
         the time that it computes (Zhao et al. 2023, https://arxiv.org/abs/2304.11277; in torch as FSDP2)
+deepspeed   as its config says, once there is an optimizer (training/deepspeed.py)
 
 Under either, neighbouring ranks may share the tokens of each row (context.py): they are one to whom samples are divided.
 
@@ -28,8 +29,9 @@ from kernels.recompute import share_kept, ways
 from layers import Block
 from model import Transformer
 from ranks import Ranks
-from sharding import gives_up_blocks, is_sharded
+from sharding import ZERO, gives_up_blocks, is_sharded
 from training.config import TrainConfig
+from training.deepspeed_json import read_settings, stage_of
 
 
 def grouped(ranks: Ranks, config: TrainConfig) -> Ranks:
@@ -96,8 +98,12 @@ def shard_model(
 
 def sharding_of(config: TrainConfig, ranks: Ranks) -> Callable[[nn.Module], None] | None:
     """`shard_model` as the options ask for it, or None for a model that is whole on each rank. UserError."""
-    if config.strategy != "fsdp" or ranks.world_size == 1:
+    if config.strategy == "ddp" or ranks.world_size == 1:
         return None
+    if config.strategy == "deepspeed":
+        return lambda model: (
+            None
+        )  # DeepSpeed shares it out together with its optimizer: training.loading.make_optimizers
     if ranks.world_size % (config.shard_size or 1):
         raise UserError(f"--shard_size {config.shard_size} does not divide the number of ranks, {ranks.world_size}")
     return partial(
@@ -118,6 +124,10 @@ def _describe_weights(config: TrainConfig, ranks: Ranks) -> str:
         return f"{config.strategy}: one rank has all of the model, and nobody to share it with"
     if config.strategy == "ddp":
         return "ddp: each rank has all of the model"
+    if config.strategy == "deepspeed" and config.deepspeed:
+        stage = stage_of(read_settings(config.deepspeed))
+        shared = ["optimizer state", "gradients", "weights"][:stage]
+        return f"deepspeed, ZeRO {stage}: each rank has 1/{ranks.world_size} of the {', '.join(shared)}"
     size = config.shard_size or ranks.world_size
     kept = "given up after its forward pass" if config.reshard_after_forward else "kept until its backward pass"
     copies = f", {ranks.world_size // size} copies" if size < ranks.world_size else ""
@@ -181,13 +191,20 @@ def _compile_blocks(blocks: Sequence[nn.Module], share: float) -> None:
         block.compile()
 
 
+def loss_of(model: nn.Module, loss: Callable) -> Callable:
+    """A function (model, batch) -> (loss, metrics), called by the model's engine where it has one, which must see it."""
+    return vars(model)[ZERO].loss(loss) if ZERO in vars(model) else loss
+
+
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Inside, a backward pass averages gradients over the ranks only if `enabled`: once a step, not once a micro-batch.
 
     Where blocks are given up after their forward pass, their gradients are, too: each micro-batch's are averaged.
     """
-    if is_sharded(model) and not gives_up_blocks(
+    if ZERO in vars(model):
+        vars(model)[ZERO].accumulate(last=enabled)
+    elif is_sharded(model) and not gives_up_blocks(
         model
     ):  # else what was accumulated would be as large as the whole model
         model.set_requires_gradient_sync(enabled)  # type: ignore[operator]

@@ -23,6 +23,7 @@ from kernels.recompute import share_kept
 from model import ParameterCount, Transformer, count_parameters, flops_per_token
 from model_config import ModelConfig
 from training.config import TrainConfig
+from training.deepspeed_json import read_settings, stage_of
 from training.optimizers import HIDDEN, OTHER, parameter_roles, state_bytes
 
 GIB = 2**30
@@ -312,12 +313,18 @@ def _shared_out(
     """The memory of a rank that holds a part of what learns (--strategy fsdp), and gathers the rest for the time it computes.
 
     Gathered are embedding, head and last norm, and two blocks, of which one waits; or, where they are not given up, all of them;
-    as many gradients; and, to draw answers, all weights. NF4 layers are whole on every rank.
+    as many gradients; and, to draw answers, all weights. NF4 layers are whole on every rank. DeepSpeed shares out what its
+    stage says, and keeps a part of the weights a second time.
     """
-    if config.strategy != "fsdp" or world_size == 1:
+    if config.strategy == "ddp" or world_size == 1:
         return memory
     ranks = config.shard_size or world_size
     parts = ("gradients", "optimizer state", "adapters") + (() if config.load_in_4bit else ("weights",))
+    if config.strategy == "deepspeed" and config.deepspeed:
+        memory = memory | {"DeepSpeed's copy of its weights (fp32)": memory.get("weights (fp32)", 0.0) / ranks}
+        if (stage := stage_of(read_settings(config.deepspeed))) < 3:
+            parts = ("optimizer state", "gradients")[:stage]
+            return {name: size / ranks if name.startswith(parts) else size for name, size in memory.items()}
     shared = {name: size / ranks if name.startswith(parts) else size for name, size in memory.items()}
     copies = shared.pop(_COPIES, 0.0)
     blocks = max(1, model.num_hidden_layers)

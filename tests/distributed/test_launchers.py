@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc_per_node=2",
     "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0",
+    "deepspeed": "accelerate.commands.launch --use_deepspeed --zero_stage 3 --gradient_clipping 0.5 --num_processes 2"
+    " --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0",
     "fsdp": "accelerate.commands.launch --config_file configs/accelerate/fsdp.yaml --main_process_port 0",
 }
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -56,6 +58,16 @@ def test_the_fsdp_plugin_shares_out_the_weights_also_on_cpus(launch):
     assert bytes_of(found) == bytes_of(expected)
     assert "accelerate launch: as with --strategy fsdp --no-reshard_after_forward" in said
     assert "fsdp: each rank has 1/2 of the weights; a block's are kept" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_the_deepspeed_plugin_is_deepspeed_by_torchrun(launch):
+    settings = '{"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5}'
+    expected, _ = launch("torchrun", "--optimizer", "adamw", "--deepspeed", settings)
+    found, said = launch("deepspeed", "--optimizer", "adamw")
+    assert bytes_of(found) == bytes_of(expected)
+    assert "deepspeed, ZeRO 3: each rank has 1/2 of the optimizer state, gradients, weights" in said
+    assert "--deepspeed: as with --strategy deepspeed --grad_clip 0.5" in said or "--grad_clip 0.5" in said
 
 
 def test_a_command_against_the_config_is_refused_with_both_names(launch):

@@ -3,11 +3,14 @@
 The environments are what `accelerate launch` 1.15 sets; that it does is in tests/distributed/test_launchers.py.
 """
 
+from pathlib import Path
+
 import pytest
 
 from errors import UserError
 from training.config import of_launcher, resolve_config
 
+SHIPPED = str(Path(__file__).resolve().parent.parent.parent / "configs/deepspeed/zero2.json")
 PLAIN = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "WORLD_SIZE": "2", "MASTER_PORT": "1"}
 FSDP = PLAIN | {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
@@ -15,6 +18,10 @@ FSDP = PLAIN | {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_FORWARD_PREFETCH": "false", "LOCAL_WORLD_SIZE": "2",
 }  # fmt: skip
 FIRST = FSDP | {"FSDP_VERSION": "1"}
+ZERO = PLAIN | {
+    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+}  # fmt: skip
 MESH = FSDP | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}
 
 
@@ -41,6 +48,10 @@ def resolved(monkeypatch):
         (FIRST | {"FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}, {"reshard_after_forward": False, "shard_size": None}),
         (FIRST | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, {"reshard_after_forward": True, "shard_size": 2}),
         (FIRST | {"FSDP_RESHARD_AFTER_FORWARD": "SHARD_GRAD_OP"}, {"reshard_after_forward": False}),
+        (ZERO, {"strategy": "deepspeed", "grad_clip": 0.5, "batch_size": 32}),
+        (ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "auto"}, {"strategy": "deepspeed", "grad_clip": 1.0}),
+        (ZERO | {"ACCELERATE_MIXED_PRECISION": "bf16"}, {"strategy": "deepspeed", "mixed_precision": "bf16"}),
+        (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": SHIPPED}, {"strategy": "deepspeed", "deepspeed": SHIPPED}),
         (PLAIN, {"strategy": "ddp", "mixed_precision": "auto", "compile_model": False}),
         (PLAIN | {"ACCELERATE_MIXED_PRECISION": "fp16"}, {"strategy": "ddp", "mixed_precision": "fp16"}),
         (PLAIN | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"compile_model": True}),
@@ -59,6 +70,11 @@ def test_what_the_launcher_says_are_options(environment, expected, resolved):
         (FSDP | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP_AUTO_WRAP_POLICY=SIZE_BASED_WRAP"),
         (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "FSDP_ACTIVATION_CHECKPOINTING=true"),
         (MESH | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, "PARALLELISM_CONFIG_TP_SIZE=2"),
+        (
+            ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "zero_optimization.offload_optimizer is not here",
+        ),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_optimization.stage must be 1, 2 or 3"),
         (PLAIN | {"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8"),
         (PLAIN | {"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM=true"),
         (PLAIN | {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER"}, "ACCELERATE_DYNAMO_BACKEND=AOT_EAGER"),
@@ -76,6 +92,8 @@ def test_what_is_not_here_is_refused_by_name(environment, words, resolved):
         (FSDP, {"strategy": "ddp"}, "--strategy fsdp, and the command for --strategy ddp"),
         (FSDP, {"reshard_after_forward": False}, "--reshard_after_forward, and the command for --no-reshard"),
         (PLAIN | {"ACCELERATE_MIXED_PRECISION": "bf16"}, {"mixed_precision": "none"}, "ACCELERATE_MIXED_PRECISION"),
+        (ZERO, {"grad_clip": 1.0}, r"\(gradient_clipping\) asks for --grad_clip 0.5"),
+        (ZERO, {"strategy": "fsdp"}, "ACCELERATE_USE_DEEPSPEED"),
         ({}, {"strategy": "accelerate"}, "start the run with `accelerate launch"),
     ],
 )
