@@ -134,7 +134,7 @@ def _failed_save(run: RunHistory) -> str | None:
 
 
 def _disk(run: RunHistory, checkpoints: list[CheckpointFiles]) -> str | None:
-    """The next checkpoints, up to what --keep_checkpoints keeps plus the one being written, against the free space."""
+    """The next checkpoints, up to what --keep_checkpoints and --keep_every keep plus the one being written, against the space."""
     config = _config(run)
     max_steps, keep = number(run.status.get("max_steps")), number(config.get("keep_checkpoints"))
     interval = next((n for key in ("save_interval", "eval_interval") if (n := number(config.get(key))) > 0), max_steps)
@@ -144,7 +144,9 @@ def _disk(run: RunHistory, checkpoints: list[CheckpointFiles]) -> str | None:
         return None
     saves = math.ceil((max_steps - run.step) / interval)
     if keep > 0:
-        saves = min(saves, int(max(0, keep - len(checkpoints))) + 1)
+        every = number(config.get("keep_every"))
+        for_ever = max_steps // every - run.step // every if every > 0 else 0
+        saves = min(saves, int(max(0, keep - len(checkpoints)) + for_ever) + 1)
     free = shutil.disk_usage(run.folder).free
     if saves < 1 or saves * size < free:
         return None

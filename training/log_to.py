@@ -29,7 +29,10 @@ _REPEATED = (
 )  # kinds of rows that a run which goes on makes again; an event happens anew
 _NOT_FIGURES = ("step", "time")
 # options that may differ while every row stays what it was
-_SAME_ROWS = ("checkpoint", "save_dir", "log_to", "keep_checkpoints", "save_interval")
+_SAME_ROWS = (
+    "checkpoint", "save_dir", "log_to", "save_interval", "save_every_minutes", "async_checkpoint", "keep_checkpoints",
+    "keep_every", "keep_optimizer", "best_metric", "best_mode",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,10 @@ class Saves:
     def settle(self, run: Any) -> None:
         """Wait for the checkpoint that is being written, if one is. UserError as of `save`."""
         if self._in_flight is not None:
-            (step, writing), self._in_flight, self._through = self._in_flight, None, False
-            self._end(run, step, writing.result())
+            step, writing = self._in_flight
+            result = writing.result()
+            self._in_flight, self._through = None, False
+            self._end(run, step, result)
 
     def _end(self, run: Any, step: int, result: SaveResult) -> None:
         self._say(run, step, result)
@@ -94,9 +96,12 @@ class Saves:
 
     def news(self, run: Any) -> list[float]:
         """What rank 0 alone knows, 0 on the others: numbers to be summed over the ranks, for `hear`."""
-        minutes, written = run.config.save_every_minutes, self._in_flight is not None and self._in_flight[1].is_done
-        is_time = run.ranks.is_main and minutes is not None and time.monotonic() - self._begun >= 60 * minutes
-        return [float(written), float(is_time)]
+        if not run.ranks.is_main:
+            return [0.0, 0.0]
+        minutes, is_through = run.config.save_every_minutes, self._in_flight is not None and self._in_flight[1].is_done
+        is_time = minutes is not None and time.monotonic() - self._begun >= 60 * minutes
+        # for its minutes alone none is begun while another is written: the loop would wait
+        return [float(is_through), float(is_time and (self._in_flight is None or is_through))]
 
     def hear(self, news: list[float]) -> None:
         self._through = news[0] > 0

@@ -264,13 +264,13 @@ def checkpoint_cut(by):
     return change
 
 
-def disk_share(share, step=2000):
+def disk_share(share, step=2000, **config):
     """No checkpoint yet, and one that would fill `share` of the free space; --keep_checkpoints 3."""
 
     def change(fake, folder):
         folder.mkdir(parents=True, exist_ok=True)
         fake.run["num_params"] = int(shutil.disk_usage(folder).free * share / 12)
-        fake.run["config"]["vocab_size"] = 4096
+        fake.run["config"].update(vocab_size=4096, **config)
         fake.status["step"] = step
 
     return change
@@ -318,6 +318,7 @@ CASES = {
     "enough memory": (merge("run", device_memory_gb=20.0), None, 0),
     "disk": (disk_share(0.3), "4 checkpoints need", 0),
     "enough disk": (disk_share(0.2), None, 0),
+    "disk for what is kept for ever": (disk_share(0.2, keep_every=500, save_interval=250), "8 checkpoints need", 0),
     "enough disk for the last": (disk_share(0.3, step=3900), None, 0),
     "blind": (set_rows("loss", slice(None), 8.5), "above the 8.318 of a blind guess", 0),
     "nearly blind": (set_rows("loss", slice(None), 8.2), None, 0),

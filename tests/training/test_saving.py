@@ -89,7 +89,7 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("cell", grid(CELLS, quick=["ema", "schedule_free", "fsdp"]))
+@pytest.mark.parametrize("cell", grid(CELLS, quick=["ema", "fsdp"]))
 def test_what_a_thread_writes_is_byte_for_byte_what_the_loop_would_have_written(cell, words, tmp_path):
     world_size, flags = CELLS[cell]
     for name, more in (("sync", ""), ("async", "--async_checkpoint")):
@@ -108,20 +108,21 @@ def on_checkpoint(state):
 
 
 def with_a_slow_disk(rank: int, world_size: int, words: str, save_dir: Path) -> str:
-    """The weights of step 4 reach the disk only when step 6 has been logged."""
+    """The weights of step 4 reach the disk only some time after step 6 has been logged."""
     real = os.fsync
 
     def slow(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if path.name == "model.safetensors" and path.parent.name.startswith(".tmp_step_4"):
             wait_for(lambda: 6 in {row["step"] for row in read_history(save_dir).train})
+            time.sleep(0.2)
         real(descriptor)
 
     os.fsync = slow
     return run(words, save_dir, rank, world_size)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", grid([1, 2], quick=[2]))
 def test_steps_are_made_while_the_disk_is_slow_and_saved_is_said_when_it_is_true(world_size, words, tmp_path):
     (tmp_path / "hook.py").write_text(HOOK.replace("CALLS", str(tmp_path / "calls")))
     flags = f"--async_checkpoint --max_steps 9 --save_interval 4 --hooks {tmp_path / 'hook.py'} --strategy fsdp"
