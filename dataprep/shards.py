@@ -10,15 +10,15 @@ A data folder (train.py's `--data_dir`) holds
     metadata.json                                the manifest, written last: a folder without it is not a dataset
 
 A document never crosses a shard, and its last token is the end-of-text token. The shards of a split, in order, are one
-long array of tokens (`TokenSplit`). Everything is memory-mapped: opening costs nothing that grows with the corpus,
-and a lookup is a binary search on the mapped pointers.
+long array of tokens (`TokenSplit`). Everything is read in pieces (file_array.py): opening costs nothing that grows with the
+corpus, and a lookup is a binary search on the pointers in the file.
 """
 
 import json
 import re
 import struct
 import zlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dataprep.file_array import FileArray, count_up_to
 from errors import UserError
 from paths import inside
 
@@ -44,6 +45,7 @@ _DTYPE_CODES = {"uint16": 8, "int32": 4}
 SOURCE_DTYPE = np.dtype([("file", "<u4"), ("position", "<u8"), ("hash", "V16")])
 _SHARD_NAME = re.compile(r"(train|val)_\d{5}")
 _READ_BYTES = 8 << 20
+_POINTERS = 64  # that are read at a time: most rows hold fewer documents
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,8 @@ def _parse_split(raw: dict[str, Any]) -> SplitInfo:
 def open_split(data_dir: str | Path, split: str) -> "TokenSplit":
     """Open the split "train" or "val" of a data folder for reading.
 
-    Checks the size of every file against the manifest (a mapped file that is shorter would end in a bus error), the
-    headers, and a few thousand ids of every shard against the vocabulary. UserError names the file that is wrong.
+    Checks the size of every file against the manifest, the headers, and a few thousand ids of every shard against the
+    vocabulary. UserError names the file that is wrong.
     """
     metadata = load_metadata(data_dir)
     if split not in metadata.splits:
@@ -185,7 +187,10 @@ def open_split(data_dir: str | Path, split: str) -> "TokenSplit":
 
 
 class TokenSplit:
-    """All shards of one split as one array of `num_tokens` tokens in `num_documents` documents, memory-mapped."""
+    """All shards of one split as one array of `num_tokens` tokens in `num_documents` documents.
+
+    Reading raises UserError where a file is no more what it was when this was opened.
+    """
 
     def __init__(self, data_dir: Path, split: str, metadata: Metadata) -> None:
         self.metadata = metadata
@@ -224,9 +229,13 @@ class TokenSplit:
             if base >= stop or base + len(shard.tokens) <= start:
                 continue
             size = shard.tokens.itemsize
-            first = bisect_right(shard.pointers, (start - base) * size)
-            last = bisect_left(shard.pointers, (stop - base) * size)
-            found.append(shard.pointers[first:last] // size + base)
+            first = count_up_to(shard.pointers, (start - base) * size)
+            while len(following := shard.pointers[first : first + _POINTERS]):
+                within = following[: np.searchsorted(following, (stop - base) * size)]
+                found.append(within // size + base)
+                if len(within) < len(following):
+                    break
+                first += len(following)
         return np.concatenate(found).astype(np.int64) if found else np.empty(0, dtype=np.int64)
 
     def document_at(self, position: int) -> DocumentOrigin:
@@ -236,14 +245,14 @@ class TokenSplit:
         index = bisect_right(self._token_starts, position) - 1
         shard, base = self._shards[index], self._token_starts[index]
         size = shard.tokens.itemsize
-        local = bisect_right(shard.pointers, (position - base) * size) - 1
+        local = count_up_to(shard.pointers, (position - base) * size) - 1
         return self._origin(index, local)
 
     def document_extent(self, position: int) -> tuple[int, int, int]:
         """(start, stop, UTF-8 bytes of the text) of the document that holds token `position`; of a split with these bytes."""
         index = bisect_right(self._token_starts, position) - 1
         shard, base = self._shards[index], self._token_starts[index]
-        local = bisect_right(shard.pointers, (position - base) * shard.tokens.itemsize) - 1
+        local = count_up_to(shard.pointers, (position - base) * shard.tokens.itemsize) - 1
         start = base + int(shard.pointers[local]) // shard.tokens.itemsize
         assert shard.num_bytes is not None, "of older shards the bytes are not known; the caller looks first"
         return start, start + int(shard.lengths[local]), int(shard.num_bytes[local])
@@ -273,12 +282,12 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class _Shard:
-    tokens: np.ndarray  # (tokens,) uint16 or int32
-    lengths: np.ndarray  # (documents,) int32, tokens of each document
-    pointers: np.ndarray  # (documents,) int64, byte offset of each document in the .bin
-    boundaries: np.ndarray  # (documents + 1,) int64, Megatron's document index: here every sequence is a document
-    sources: np.ndarray  # (documents,) SOURCE_DTYPE
-    num_bytes: np.ndarray | None  # (documents,) int64, UTF-8; None in a folder of version 1 and of examples
+    tokens: FileArray  # (tokens,) uint16 or int32
+    lengths: FileArray  # (documents,) int32, tokens of each document
+    pointers: FileArray  # (documents,) int64, byte offset of each document in the .bin
+    boundaries: FileArray  # (documents + 1,) int64, Megatron's document index: here every sequence is a document
+    sources: FileArray  # (documents,) SOURCE_DTYPE
+    num_bytes: FileArray | None  # (documents,) int64, UTF-8; None in a folder of version 1 and of examples
 
 
 def _starts(sizes: Iterator[int]) -> list[int]:
@@ -294,7 +303,7 @@ def _open_shard(data_dir: Path, shard: ShardInfo, metadata: Metadata) -> _Shard:
         problem = _size_problem(inside(folder, name, f"../{METADATA_FILE}"), expected)
         if problem:
             raise UserError(f"{problem}; prepare the data again with data_prep_tool.py")
-    opened = _map_shard(folder / shard.name, shard, metadata.dtype)
+    opened = _shard_files(folder / shard.name, shard, metadata.dtype)
     bad = _bad_id(_spot_checks(opened.tokens), metadata.tokenizer.vocab_size)
     if bad is not None:
         raise UserError(
@@ -304,7 +313,7 @@ def _open_shard(data_dir: Path, shard: ShardInfo, metadata: Metadata) -> _Shard:
     return opened
 
 
-def _map_shard(stem: Path, shard: ShardInfo, dtype: str) -> _Shard:
+def _shard_files(stem: Path, shard: ShardInfo, dtype: str) -> _Shard:
     index = stem.with_suffix(".idx")
     with open(index, "rb") as file:
         header = file.read(_HEADER.size)
@@ -316,12 +325,12 @@ def _map_shard(stem: Path, shard: ShardInfo, dtype: str) -> _Shard:
     num_bytes = stem.with_suffix(BYTES_EXTENSION)
     lengths_at, pointers_at = _HEADER.size, _HEADER.size + 4 * documents
     return _Shard(
-        tokens=np.memmap(stem.with_suffix(".bin"), dtype=f"<{'u2' if dtype == 'uint16' else 'i4'}", mode="r"),
-        lengths=np.memmap(index, dtype="<i4", mode="r", offset=lengths_at, shape=(documents,)),
-        pointers=np.memmap(index, dtype="<i8", mode="r", offset=pointers_at, shape=(documents,)),
-        boundaries=np.memmap(index, dtype="<i8", mode="r", offset=pointers_at + 8 * documents, shape=(documents + 1,)),
-        sources=np.memmap(stem.with_suffix(".src"), dtype=SOURCE_DTYPE, mode="r"),
-        num_bytes=np.memmap(num_bytes, dtype=BYTES_DTYPE, mode="r") if num_bytes.name in shard.files else None,
+        tokens=FileArray(stem.with_suffix(".bin"), f"<{'u2' if dtype == 'uint16' else 'i4'}"),
+        lengths=FileArray(index, "<i4", lengths_at, documents),
+        pointers=FileArray(index, "<i8", pointers_at, documents),
+        boundaries=FileArray(index, "<i8", pointers_at + 8 * documents, documents + 1),
+        sources=FileArray(stem.with_suffix(".src"), SOURCE_DTYPE),
+        num_bytes=FileArray(num_bytes, BYTES_DTYPE) if num_bytes.name in shard.files else None,
     )
 
 
@@ -335,7 +344,7 @@ def _size_problem(path: Path, expected: FileInfo) -> str | None:
     return None
 
 
-def _spot_checks(tokens: np.ndarray, blocks: int = 32, block: int = 256) -> Iterator[np.ndarray]:
+def _spot_checks(tokens: FileArray, blocks: int = 32, block: int = 256) -> Iterator[np.ndarray]:
     for start in np.linspace(0, max(0, len(tokens) - block), blocks).astype(np.int64):
         yield tokens[start : start + block]
 
@@ -391,33 +400,39 @@ def _verify_shard(folder: Path, shard: ShardInfo, metadata: Metadata) -> list[st
     if problems:
         return problems
     try:
-        opened = _map_shard(folder / shard.name, shard, metadata.dtype)
+        opened = _shard_files(folder / shard.name, shard, metadata.dtype)
     except UserError as error:
         return [str(error)]
     stem = folder / shard.name
-    ends = np.cumsum(opened.lengths, dtype=np.int64)
+    lengths = opened.lengths[:]
+    ends = np.cumsum(lengths, dtype=np.int64)
     size = opened.tokens.itemsize
     if (
-        np.any(opened.lengths <= 0)
-        or not np.array_equal(opened.pointers, (ends - opened.lengths) * size)
-        or not np.array_equal(opened.boundaries, np.arange(shard.documents + 1))
+        np.any(lengths <= 0)
+        or not np.array_equal(opened.pointers[:], (ends - lengths) * size)
+        or not np.array_equal(opened.boundaries[:], np.arange(shard.documents + 1))
         or ends[-1] != len(opened.tokens)
         or len(opened.tokens) != shard.tokens
     ):
         return [f"{stem}.idx does not match {shard.name}.bin"]
-    if opened.num_bytes is not None and (
-        len(opened.num_bytes) != shard.documents or opened.num_bytes.sum() != shard.bytes or opened.num_bytes.min() < 0
+    num_bytes = None if opened.num_bytes is None else opened.num_bytes[:]
+    if num_bytes is not None and (
+        len(num_bytes) != shard.documents or num_bytes.sum() != shard.bytes or num_bytes.min() < 0
     ):
         problems.append(f"{stem}{BYTES_EXTENSION} does not add up to the bytes of text in {METADATA_FILE}")
     # an answer may end in a token of the chat template's own, and one that was cut off ends anywhere
     text = "further_files" not in metadata.options
-    if text and np.any(opened.tokens[ends - 1] != metadata.tokenizer.eos_token_id):
+    unended, bad = False, None
+    for at in range(0, len(opened.tokens), _READ_BYTES):
+        block = opened.tokens[at : at + _READ_BYTES]
+        first, last = np.searchsorted(ends, [at, at + len(block)], side="right")
+        unended |= text and bool(np.any(block[ends[first:last] - 1 - at] != metadata.tokenizer.eos_token_id))
+        bad = _bad_id(iter([block]), metadata.tokenizer.vocab_size) if bad is None else bad
+    if unended:
         problems.append(f"{stem}.bin: a document does not end in {metadata.tokenizer.eos_token}")
-    blocks = (opened.tokens[at : at + _READ_BYTES] for at in range(0, len(opened.tokens), _READ_BYTES))
-    bad = _bad_id(blocks, metadata.tokenizer.vocab_size)
     if bad is not None:
         problems.append(f"{stem}.bin holds token id {bad} outside the vocabulary of {metadata.tokenizer.vocab_size}")
-    if opened.sources["file"].max() >= len(metadata.sources):
+    if opened.sources[:]["file"].max() >= len(metadata.sources):
         problems.append(f"{stem}.src names a source file that {METADATA_FILE} does not list")
     return problems
 

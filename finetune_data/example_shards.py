@@ -33,6 +33,7 @@ import numpy as np
 from batches.packing import Sequence
 from checkpointing.safetensors_writer import write_file
 from dataprep.assemble import SHARDS_FOLDER, publish
+from dataprep.file_array import FileArray
 from dataprep.pipeline import STATE_FOLDER, locked_folder
 from dataprep.progress import Progress
 from dataprep.shards import (
@@ -362,7 +363,7 @@ def _summarise(
 
 
 class ExampleShards(SequenceOf):
-    """The examples of a folder, each a list of its Sequences, in order; memory-mapped, an example is read when it is asked for.
+    """The examples of a folder, each a list of its Sequences, in order; an example is read when it is asked for.
 
     `metadata.options` says what they are. UserError where the folder holds none, or a file is not as its manifest says.
     """
@@ -387,7 +388,7 @@ class ExampleShards(SequenceOf):
                 )
         self._columns = [*options["columns"], *options.get("further_columns", ())]
         self._flags = {
-            name: [np.memmap(folder / f"{shard.name}_{name}.bin", dtype="<u2", mode="r") for shard in shards]
+            name: [FileArray(folder / f"{shard.name}_{name}.bin", "<u2") for shard in shards]
             for name in ("mask", *self._columns)
         }
         self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)]).tolist()
@@ -395,7 +396,9 @@ class ExampleShards(SequenceOf):
         size = 2 if options["kind"] == "preference" else 1
         self._group_starts = np.arange(0, self._tokens.num_documents + 1, size)
         if ENDS_SIDE in self._columns:
-            ends = np.flatnonzero(np.concatenate(self._flags[ENDS_SIDE]))  # of chosen, rejected, chosen, …
+            ends = np.flatnonzero(
+                np.concatenate([flags[:] for flags in self._flags[ENDS_SIDE]])
+            )  # of chosen, rejected, chosen, …
             self._group_starts = np.concatenate([[0], ends[1::2] + 1])
         self._numbers = np.arange(len(self._group_starts) - 1) if numbers is None else numbers
         self._folder = data_dir

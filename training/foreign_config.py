@@ -137,7 +137,7 @@ NAMES: dict[str, Is | Only | Unused] = {
     **dict.fromkeys(("do_train", "do_eval", "overwrite_output_dir"), Unused("the flags of train.py say what is done")),
     **dict.fromkeys(
         ("dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns", "group_by_length"),
-        Unused("examples are in memory and shards are mapped, and rows are packed"),
+        Unused("examples are in memory and shards are read as they are, and rows are packed"),
     ),
     "ddp_find_unused_parameters": Only(_OFF, "every parameter that learns is used"),
     # preferences and reinforcement

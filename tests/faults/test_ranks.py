@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,3 +168,28 @@ def test_what_goes_on_slowly_is_left_alone(words, tmp_path):
     subprocess.run(["sleep", "2"], check=True)
     slow.send(signal.SIGCONT)
     assert slow.wait(30).code == 0
+
+
+# ---- data that changes under the reader ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", grid([1, 2], [1]))
+def test_a_shard_that_shrinks_ends_the_run_with_a_sentence_and_costs_nothing_when_it_is_put_back(
+    world_size, words, tiny_data, tmp_path
+):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_data, data)
+    shard = data / "dataset" / "train_00000.bin"
+    whole, status = shard.read_bytes(), shard.stat()
+    given = [*words, "--data_dir", data, "--save_dir", run, "--max_steps", 3000]
+    ranks = start_ranks(tmp_path, *given) if world_size == 2 else [Forked(tmp_path / "0", given)]
+    wait_for(lambda: len(steps(run)) >= 8)
+    os.truncate(shard, 400)
+    ended = [rank.wait(30) for rank in ranks]
+    assert [one.code for one in ended] == [2] * world_size
+    assert any(f"{shard} has shrunk from {len(whole):,} to 400 bytes" in one.err for one in ended)
+    assert not any("Traceback" in one.err for one in ended)
+    shard.write_bytes(whole)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = Forked(tmp_path / "0", [*given, "--max_steps", max(steps(run)) + 2, "--checkpoint", "latest"]).wait()
+    assert again.code == 0 and "resumed from" in again.out, again.err
