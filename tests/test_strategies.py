@@ -4,6 +4,7 @@ That a step has the same loss and gradients, in every stage, is in stages/test_e
 by train.py's own loop.
 """
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -196,3 +197,10 @@ def test_other_optimizers_learn_the_same_in_parts(optimizer, tiny_data, tmp_path
 def test_what_needs_whole_tensors_is_refused(flags, tiny_data, tmp_path):
     words = f"--data_dir {tiny_data} {SIZES} --max_steps 2 --strategy fsdp {flags}"
     assert "is not for --strategy fsdp" in refused(0, 1, words, tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_installed_is_asked_for_in_a_sentence(tiny_data, tmp_path, root):
+    words = f"--data_dir {tiny_data} {SIZES} --max_steps 2 --deepspeed {root}/configs/deepspeed/zero3.json"
+    for said in run_ranks(refused, 2, words, tmp_path):
+        assert said.startswith("--strategy deepspeed: ") and "requirements-distributed.txt" in said

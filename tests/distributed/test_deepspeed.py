@@ -249,3 +249,19 @@ def test_other_families_learn_the_same(model, whole, tmp_path):
         )
         assert losses(tmp_path / f"{stage}") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
         assert_alike(tmp_path / f"{stage}" / "checkpoint_step_6", tmp_path / "one" / "checkpoint_step_6")
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_adapters_learn_in_fp32_beside_a_base_in_bf16(zero, workshop, tmp_path):
+    steps = "--max_steps 4 --save_interval 2 --log_interval 1 --learning_rate 1e-3 --eval_interval 4"
+    words = f"{STAGES['dpo with LoRA']} {steps} --optimizer adamw --mixed_precision bf16"
+    run_ranks(tuned, 2, workshop, words, tmp_path / "ddp")
+    run_ranks(tuned, 2, workshop, f"{words} --deepspeed {CONFIGS[zero]}", tmp_path / "zero")
+    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-3)
+    found, expected = (tensors(tmp_path / way / "checkpoint_step_4") for way in ("zero", "ddp"))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype == np.float32
+        assert np.abs(found[name] - array).max() <= 1e-5 + 1e-2 * np.abs(array).max(), name
+        if name.startswith("adapter_model"):
+            assert (found[name].view(np.uint32) & 0xFFFF).any(), f"{name} was rounded to bf16"
