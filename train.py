@@ -246,6 +246,7 @@ def loop(run: "Run", stop: StopRequest) -> GoBack | None:
         if to_log or done % CHECK_INTERVAL == 0:
             goes_back = done % CHECK_INTERVAL == 0 and not (last or stopping)  # whatever --log_interval is
             if run.guard and (back := run.guard.look(run, done, goes_back)):
+                profile.close()
                 return back
             give_up_if_diverged(run, done)
         with clock.paused():
