@@ -11,11 +11,10 @@
 The story, top to bottom: read the options, open the data, print the plan, build the model, loop, leave.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -47,6 +46,7 @@ from training.description import describe_run, git_commit, next_command, version
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, checkpoint_parts, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
+from training.micro_batches import backward_that_fits, batches_of, defers_sync, failures_recorded, settle_size, tried
 from training.numerics import choose_numerics, machine_lines
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets, sharding_of
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
@@ -136,11 +136,17 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     tokenizer = data.tokenizer
     shape = shape_of(config, base_shape, tokenizer, data.max_length, data.num_new_tokens)
     shard = sharding_of(config, ranks)
-    plan = plan_run(
-        config, shape, max_length=data.max_length, world_size=ranks.world_size,
-        half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
-        judge_over_base=reward_adapter(config, base) is not None, **example_sizes(config, data.train),
-    )  # fmt: skip
+    sizes = example_sizes(config, data.train)
+
+    def planned(config: TrainConfig) -> RunPlan:
+        return plan_run(
+            config, shape, max_length=data.max_length, world_size=ranks.world_size,
+            half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
+            judge_over_base=reward_adapter(config, base) is not None, **sizes,
+        )  # fmt: skip
+
+    config, size, found = settle_size(config, origins, saved, planned, ranks)
+    plan = planned(config)
     peak = config.peak_tflops or peak_tflops(ranks.device, precision.dtype)
     attention = describe_attention(
         kernels.attention, ranks.device, precision.dtype, head_dim=shape.head_dim,
@@ -149,6 +155,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     start_step = saved.get("step", 0)
     log = RunLog(config.save_dir, is_main=ranks.is_main, max_steps=config.max_steps, start_step=start_step)
     described = machine_lines(config, precision, kernels, attention, ranks, peak)
+    described |= {"micro-batches": origins["micro_batch_size"]} if "found" in origins["micro_batch_size"] else {}
     for sentence in [format_plan(plan, config, shape, described), *said, *data.report]:
         log.say(sentence)
 
@@ -168,31 +175,15 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     ema = make_ema(config, model, optimizers, resumed_from)
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, kernels, attention))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
-    stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size, pins)
+    stage = build_stage(config, data, model, ranks, precision, size, pins)
     if isinstance(stage, (GRPO, PPO)) and resumed_from:
         stage.load_state(saved["stage"])
     samples = saved.get("samples_consumed", 0)
     return Run(
         config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, hooks, start_step, samples,
         tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0), ema=ema,
-        learning_rate=saved.get("learning_rate", 0.0), checkpoint=resumed_from,
+        learning_rate=saved.get("learning_rate", 0.0), checkpoint=resumed_from, micro_batch_size=size, is_auto=found,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def failures_recorded(run: "Run") -> Iterator[None]:
-    """Whatever ends the run early is written where `utils.py monitor` reads it; UserError for too little memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        run.log.status("failed", run.step, "out of memory")
-        raise UserError(
-            f"{run.ranks.device} ran out of memory at step {run.step} with micro-batches of {run.plan.micro_batch_size}; "
-            "lower --micro_batch_size (the batch, and so the result, stays the same) and go on with --checkpoint latest"
-        ) from error
-    except BaseException as error:
-        run.log.status("failed", run.step, str(error))
-        raise
 
 
 def loop(run: "Run", stop: StopRequest) -> None:
@@ -203,9 +194,10 @@ def loop(run: "Run", stop: StopRequest) -> None:
         return log.event(run.step, "finish", words)
     if not run.hooks.start(run):
         return run.hooks.finish(run)
-    batches = run.stage.batches(run.samples)
-    first = next(batches)
-    settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
+    batches = batches_of(run)
+    first = tried(run, next(batches))
+    if not defers_sync(run):
+        settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
     clock = Clock()
     start_step, save_due = run.step, False
     for step, micro_batches in zip(
@@ -274,6 +266,8 @@ class Run:
     failed_saves: int = 0
     best_loss: float | None = None
     ema: Ema | None = None  # average of the weights
+    micro_batch_size: int = 1  # sequences a forward pass on one rank, now
+    is_auto: bool = False  # whether that was found (training/micro_batches.py)
     bad_steps: Tensor = field(init=False)  # in a row, counted on the device
 
     def __post_init__(self) -> None:
@@ -285,7 +279,7 @@ class Run:
         """Forward and backward over this rank's micro-batches; gradients become those of Σ loss / total_weight over all ranks."""
         sums: Metrics = {}
         for index, (batch, counts) in enumerate(passes := padded(micro_batches, self.model, self.ranks)):
-            with gradient_sync(self.model, enabled=index == len(passes) - 1):
+            with gradient_sync(self.model, enabled=index == len(passes) - 1 and not defers_sync(self)):
                 with self.precision.autocast(self.ranks.device):
                     loss, metrics = self.loss(self.model, batch.to(self.ranks.device))
                 # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone
@@ -304,7 +298,7 @@ class Run:
         """
         weight, tokens = (float(sum(getattr(b, name) for b in micro_batches)) for name in ("weight", "num_tokens"))
         total_weight, tokens, stops = self.ranks.sum([weight, tokens, float(stop_here)])
-        metrics = self.backward(micro_batches, max(1.0, total_weight))
+        metrics = backward_that_fits(self, micro_batches, max(1.0, total_weight))
         grad_norm = self.update_weights(lr_factor) if total_weight else None
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -375,6 +369,8 @@ class Run:
             "stage": self.stage.state() if isinstance(self.stage, (GRPO, PPO)) else {},
             "empty_steps": self.empty_steps,
             "learning_rate": self.learning_rate,
+            "micro_batch_size": self.micro_batch_size,
+            "micro_batch_is_auto": self.is_auto,
             "versions": versions(),
             "git_commit": git_commit(),
         }

@@ -19,7 +19,7 @@ from families.new_models import ENCODERS
 from families.task_names import TASKS
 from training.config_file import read_config_file
 from training.log_to import check_packages
-from training.option import add_flags, check_bounds, specs_of
+from training.option import AUTO, add_flags, check_bounds, specs_of
 from training.option_groups import (
     GROUPS,
     PRESETS,
@@ -96,12 +96,31 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_adapters()
         self.check_model()
         self.check_hardware()
+        self._check_micro_batches()
         self._check_strategy()
         self.check_optimization()
         if self.stage in ("reward", "mlm", *TASKS) and self.sample_prompt:
             raise UserError(f"--sample_prompt cannot be used with --stage {self.stage}: the model writes no text")
         if self.lora and self.init_from is None:
             raise UserError("--lora needs a model to adapt: name it with --init_from")
+
+    def _check_micro_batches(self) -> None:
+        """UserError where --micro_batch_size auto cannot be found, or figures would depend on what is."""
+        if self.micro_batch_size is not AUTO:
+            return
+        if self.stage in ("grpo", "ppo"):
+            raise UserError(
+                f"--micro_batch_size auto is not for --stage {self.stage}, whose answers differ in length: give a number"
+            )
+        if self.strategy == "fsdp":
+            raise UserError(
+                "--micro_batch_size auto is not for --strategy fsdp: a rank out of memory would leave the others waiting for "
+                "its weights; give a number, or use ddp"
+            )
+        if self.eval_iter is not None:
+            raise UserError(
+                "--eval_iter counts micro-batches, whose size --micro_batch_size auto leaves to the machine: give --eval_tokens"
+            )
 
     def _check_strategy(self) -> None:
         """UserError for what needs whole tensors where each rank has a part of them."""
