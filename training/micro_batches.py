@@ -62,8 +62,13 @@ def settle_size(
 ) -> tuple[TrainConfig, int, bool]:  # fmt: skip
     """(the options with a number for `auto`, the size to begin with, whether it was found by itself); origins say how.
 
-    saved: the checkpoint that is gone on from, whose size a run keeps that was given none.
+    saved: the checkpoint that is gone on from, whose size a run keeps that is given no number.
     """
+    if config.micro_batch_size is AUTO and saved.get(
+        "micro_batch_is_auto"
+    ):  # the same command goes on: so must its bits
+        config = replace(config, micro_batch_size=saved["options"]["micro_batch_size"])
+        origins["micro_batch_size"] = "checkpoint"
     if config.micro_batch_size is AUTO:
         free = -ranks.largest(-free_bytes(ranks.device))
         config, share = fitted(config, plan_with, ranks.world_size, free)

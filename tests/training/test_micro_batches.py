@@ -5,6 +5,7 @@ Memory runs out by a --loss_file that raises what torch raises for it, or, in a 
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +112,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(where,
     assert (
         "micro-batches of 12; from here on they are of 6" in said[0] and "of 6; from here on they are of 3" in said[1]
     )
-    for file in (tmp_path / "run" / "checkpoint_step_6").iterdir():
-        file.unlink()
-    (tmp_path / "run" / "checkpoint_step_6").rmdir()
+    shutil.rmtree(tmp_path / "run" / "checkpoint_step_6")
     assert run_ranks(trained, 1, f"{words} --checkpoint latest", tmp_path / "run")[0][0] == 3
     assert_same(tmp_path / "run", expected)
     assert len(figures(tmp_path / "run")[2]) == 2
@@ -133,6 +132,12 @@ def test_ranks_agree_on_it_whichever_of_them_is_full(where, calls, ranks, small,
     assert_same(tmp_path / "run", expected)
     (said,) = figures(tmp_path / "run")[2]
     assert said.startswith("step 0:" if calls == 0 else "step 2:")
+    # the same command goes on with what was found, and ends with the same bits
+    before = (tmp_path / "run" / "checkpoint_step_6" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoint_step_6")
+    resumed = run_ranks(trained, 2, f"{words} --checkpoint latest", tmp_path / "run")
+    assert [size for size, *_ in resumed] == [3, 3] and resumed[0][1:] == ("6", "checkpoint")
+    assert (tmp_path / "run" / "checkpoint_step_6" / "model.safetensors").read_bytes() == before
 
 
 def limited(rank: int, world_size: int, words: str, save_dir: Path, room: int) -> tuple[int, str, str]:
