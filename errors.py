@@ -19,10 +19,21 @@ _STORAGE_ERRORS = {
     errno.EACCES: "permission is denied; change the permissions or choose another folder",
     errno.EPERM: "permission is denied; change the permissions or choose another folder",
 }
+# CUDA's; torch's allocator on a CPU, which has two words for it; C++'s; oneDNN's
+_OUT_OF_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a memory object",
+)  # fmt: skip
 
 
 class UserError(Exception):
     """A mistake the user can fix. The message is one sentence that names the file or flag and says what to do."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: of the device, or of the machine, for which torch has no class of its own."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def explain_os_error(error: OSError) -> str | None:

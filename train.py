@@ -13,7 +13,7 @@ The story, top to bottom: read the options, open the data, print the plan, build
 
 import dataclasses
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -47,6 +47,7 @@ from training.garbage import collect_garbage, own_collection
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
+from training.micro_batches import backward_that_fits, defers_sync, settle_size, tried
 from training.numerics import choose_numerics, machine_lines
 from training.parallel import (
     StopRequest,
@@ -146,11 +147,17 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     # ------------------------------------------------------------------------------------------------------------- plan
     shape = shape_of(config, base_shape, data.tokenizer, data.max_length, data.num_new_tokens)
     shard = sharding_of(config, ranks)
-    plan = plan_run(
-        config, shape, max_length=data.max_length, world_size=ranks.world_size,
-        half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
-        judge_over_base=reward_adapter(config, base) is not None, **example_sizes(config, data.train),
-    )  # fmt: skip
+    sizes = example_sizes(config, data.train)
+
+    def planned(config: TrainConfig) -> RunPlan:
+        return plan_run(
+            config, shape, max_length=data.max_length, world_size=ranks.world_size,
+            half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
+            judge_over_base=reward_adapter(config, base) is not None, **sizes,
+        )  # fmt: skip
+
+    config, size, found = settle_size(config, origins, saved, planned, ranks)
+    plan = planned(config)
     peak = config.peak_tflops or peak_tflops(ranks.device, precision.dtype)
     attention = describe_attention(
         kernels.attention, ranks.device, precision.dtype, head_dim=shape.head_dim,
@@ -159,6 +166,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     start_step = saved.get("step", 0)
     log = RunLog(config.save_dir, is_main=ranks.is_main, max_steps=config.max_steps, start_step=start_step)
     described = machine_lines(config, precision, kernels, attention, ranks, peak)
+    described |= {"micro-batches": origins["micro_batch_size"]} if "found" in origins["micro_batch_size"] else {}
     for sentence in [format_plan(plan, config, shape, described), *said, *of_launcher(config, origins), *data.report]:
         log.say(sentence)
 
@@ -183,7 +191,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     ema = make_ema(config, model, optimizers, resumed_from)
     log.start(describe_run(config, origins, plan, ranks, precision, data.order, kernels, attention))
     log.event(start_step, *(("resume", f"resumed from {resumed_from}") if resumed_from else ("start", "started")))
-    stage = build_stage(config, data, model, ranks, precision, plan.micro_batch_size, pins)
+    stage = build_stage(config, data, model, ranks, precision, size, pins)
     if isinstance(stage, (GRPO, PPO)) and resumed_from:
         stage.load_state(saved["stage"])
     samples = saved.get("samples_consumed", 0)
@@ -191,7 +199,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         config, plan, peak, ranks, precision, log, stage, model, optimizers, scaler, data, pins, hooks, start_step, samples,
         tokens=saved.get("tokens_consumed", samples * data.max_length), empty_steps=saved.get("empty_steps", 0), ema=ema,
         learning_rate=saved.get("learning_rate", 0.0), saves=Saves(newest=resumed_from), skipped=saved.get("skipped", []),
-        guard=make_guard(config, ranks, saved.get("spike_guard")),
+        guard=make_guard(config, ranks, saved.get("spike_guard")), micro_batch_size=size, is_auto=found,
     )  # fmt: skip
 
 
@@ -199,6 +207,17 @@ def followed(run: "Run", stop: StopRequest) -> GoBack | None:
     """`loop`, whose end is recorded whatever it is, and whose standing still is noticed."""
     with own_collection(), failures_recorded(run), run.saves.finished_alone(run), watched(run):
         return loop(run, stop)
+
+
+def batches_of(run: "Run") -> Iterator[list[MicroBatch]]:
+    """For each step from run.samples on this rank's micro-batches; once their size has changed, the new stage's."""
+    while True:
+        stage = run.stage
+        steps = batches_from(stage, run.samples, run.config.batch_size, run.skipped)
+        for micro_batches in made_ahead(steps, run.ranks.device) if can_be_ahead(stage) else steps:
+            yield micro_batches
+            if run.stage is not stage:
+                break
 
 
 def loop(run: "Run", stop: StopRequest) -> GoBack | None:
@@ -214,11 +233,10 @@ def loop(run: "Run", stop: StopRequest) -> GoBack | None:
     if not run.hooks.start(run):
         run.hooks.finish(run)
         return None
-    batches = batches_from(run.stage, run.samples, config.batch_size, run.skipped)
-    if can_be_ahead(run.stage):
-        batches = made_ahead(batches, run.ranks.device)
-    first = next(batches)
-    settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
+    batches = batches_of(run)
+    first = tried(run, next(batches))
+    if not defers_sync(run):
+        settle_gradient_buckets(run.model, lambda: run.backward(first, total_weight=1.0))
     clock, left = Clock(), config.max_steps - run.step
     profile = StepProfile(config.profile, left=left, save_dir=config.save_dir, ranks=run.ranks, log=log)
     start_step = run.step
@@ -296,6 +314,8 @@ class Run:
     ema: Ema | None = None  # average of the weights
     guard: SpikeGuard | None = None
     skipped: Skipped = field(default_factory=list)  # samples that are passed over
+    micro_batch_size: int = 1  # sequences a forward pass on one rank, now
+    is_auto: bool = False  # whether that was found (training/micro_batches.py)
     bad_steps: Tensor = field(init=False)  # in a row, counted on the device
 
     def __post_init__(self) -> None:
@@ -308,7 +328,7 @@ class Run:
         sums: Metrics = {}
         for index, (batch, counts) in enumerate(passes := padded(micro_batches, self.model, self.ranks)):
             self.micro_batch = index
-            with gradient_sync(self.model, enabled=index == len(passes) - 1):
+            with gradient_sync(self.model, enabled=index == len(passes) - 1 and not defers_sync(self)):
                 with self.precision.autocast(self.ranks.device):
                     loss, metrics = self.loss(self.model, batch.to(self.ranks.device))
                 # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone, but for
@@ -331,7 +351,7 @@ class Run:
             [weight, tokens, float(stop_here), *self.saves.news(self)]
         )
         self.saves.hear(news)
-        metrics = self.backward(micro_batches, max(1.0, total_weight))
+        metrics = backward_that_fits(self, micro_batches, max(1.0, total_weight))
         grad_norm = self.update_weights(lr_factor, metrics) if total_weight else None
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -10,11 +10,10 @@ val_loss stay the stage's.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from batches.micro_batch import MicroBatch
-from errors import UserError
+from errors import UserError, is_out_of_memory
 from ranks import unwrap
 from stages.pretrain import use_row_keys
 from training.config import TrainConfig
@@ -37,9 +36,9 @@ def choose_loss(config: TrainConfig, stage_loss: Loss) -> Loss:
         use_keys(unwrap(model), batch)  # dropout follows the samples in a forward pass that is not the stage's, too
         try:
             total, metrics = _checked(function(model, batch, stage_loss))
-        except torch.OutOfMemoryError:
-            raise  # for which a smaller micro-batch is the advice
         except Exception as error:
+            if is_out_of_memory(error):
+                raise  # for which a smaller micro-batch is the advice
             raise UserError(
                 f"{code.failure(error, name)}; the checkpoints in {config.save_dir} are as they were: correct the file and go "
                 "on with --checkpoint latest"

@@ -32,6 +32,8 @@ from ranks import choose_device
 from training.config import TrainConfig, add_options, refuse_unread, resolve_config
 from training.loading import find_base, read_base_shape, reward_adapter
 from training.metrics import peak_tflops
+from training.micro_batches import fitted, free_bytes
+from training.option import AUTO
 from training.plan import GIB, RunPlan, example_sizes, format_plan, grown, model_shape, plan_run
 from training.precision import Precision, choose_precision
 from training.run_files import duration
@@ -116,11 +118,17 @@ def _table(
 
     device = choose_device(config.device)
     precision = choose_precision(config.mixed_precision, device)
-    plan = plan_run(
-        config, model, max_length=data.max_length, world_size=world_size,
-        half_precision=precision.dtype != torch.float32, train_windows=data.samples,
-        judge_over_base=config.init_from != _BEFORE and reward_adapter(config, start.tokenizer) is not None, **data.sizes,
-    )  # fmt: skip
+
+    def planned(config: TrainConfig) -> RunPlan:
+        return plan_run(
+            config, model, max_length=data.max_length, world_size=world_size,
+            half_precision=precision.dtype != torch.float32, train_windows=data.samples,
+            judge_over_base=config.init_from != _BEFORE and reward_adapter(config, start.tokenizer) is not None, **data.sizes,
+        )  # fmt: skip
+
+    if config.micro_batch_size is AUTO:
+        config, _ = fitted(config, planned, world_size, free_bytes(device))
+    plan = planned(config)
     extra = {"precision": precision.reason}
     if config.init_from:
         extra["starts from"] = start.words

@@ -23,7 +23,7 @@ from training.accelerate import Said, options_of_launcher
 from training.config_file import read_config_file
 from training.deepspeed_json import options_of_settings, read_settings, stage_of
 from training.log_to import check_packages
-from training.option import add_flags, check_bounds, specs_of
+from training.option import AUTO, add_flags, check_bounds, specs_of
 from training.option_groups import (
     GROUPS,
     LAUNCHER,
@@ -105,6 +105,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         self.check_adapters()
         self.check_model()
         self.check_hardware()
+        self._check_micro_batches()
         self._check_strategy()
         self.check_optimization()
         _ = self.higher_is_better  # UserError where it is not known
@@ -114,6 +115,25 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             raise UserError("--mixed_precision fp8 is for training all weights: with --lora use bf16")
         if self.lora and self.init_from is None:
             raise UserError("--lora needs a model to adapt: name it with --init_from")
+
+    def _check_micro_batches(self) -> None:
+        """UserError where --micro_batch_size auto cannot be found, or figures would depend on what is."""
+        if self.micro_batch_size is not AUTO:
+            return
+        if self.stage in ("grpo", "ppo"):
+            raise UserError(
+                f"--micro_batch_size auto is not for --stage {self.stage}, whose answers differ in length: give a number"
+            )
+        if self.strategy != "ddp" or self.context_parallel > 1:
+            named = "--context_parallel" if self.strategy == "ddp" else f"--strategy {self.strategy}"
+            raise UserError(
+                f"--micro_batch_size auto is not for {named}: a rank out of memory would leave the others waiting for its part; "
+                "give a number"
+            )
+        if self.eval_iter is not None:
+            raise UserError(
+                "--eval_iter counts micro-batches, whose size --micro_batch_size auto leaves to the machine: give --eval_tokens"
+            )
 
     def _check_strategy(self) -> None:
         """UserError for what needs whole tensors or rows where each rank has a part of them."""

@@ -4,9 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from errors import UserError
+from errors import UserError, is_out_of_memory
 from ranks import lost_rank
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
@@ -18,15 +16,14 @@ def failures_recorded(run: Any) -> Iterator[None]:
     memory, and for a rank that is lost."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        run.log.status("failed", run.step, "out of memory")
-        raise UserError(
-            f"{run.ranks.device} ran out of memory at step {run.step} with micro-batches of {run.plan.micro_batch_size}; "
-            "lower --micro_batch_size (the batch, and so the result, stays the same) and go on with --checkpoint latest"
-        ) from error
     except BaseException as error:
-        lost = lost_rank(error)
-        run.log.status("failed", run.step, lost or str(error))
+        full, lost = is_out_of_memory(error), lost_rank(error)
+        run.log.status("failed", run.step, "out of memory" if full else lost or str(error))
+        if full:
+            raise UserError(
+                f"{run.ranks.device} ran out of memory at step {run.step} with micro-batches of {run.micro_batch_size}; "
+                "lower --micro_batch_size (the batch, and so the result, stays the same) and go on with --checkpoint latest"
+            ) from error
         if lost:
             raise UserError(lost) from error
         raise

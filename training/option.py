@@ -47,6 +47,20 @@ def runs_of(*stages: str) -> Runs:
     return Runs(f"--stage {' and '.join(stages)}", lambda config: config.stage in stages)
 
 
+class Size(int):
+    """A number of things, or AUTO, which is to be found."""
+
+    def __new__(cls, value: Any) -> "Size":
+        return AUTO if value == "auto" else super().__new__(cls, value)
+
+    def __getnewargs__(self) -> tuple:  # a copy of AUTO is AUTO
+        return ("auto" if self is AUTO else int(self),)
+
+
+AUTO: Size = int.__new__(Size, 0)
+POSITIVE_OR_AUTO = Bound("be positive, or auto", lambda value: value > 0 or value is AUTO)
+
+
 class Spec(typing.NamedTuple):
     """What an option's field says of it. is_list: several values may follow the flag; bound and choices are each one's."""
 
@@ -173,7 +187,7 @@ def _coerce_one(spec: Spec, value: Any, path: str) -> Any:
         result = value_type(value)
     except (TypeError, ValueError) as error:
         raise wrong from error
-    if value_type is int and float(value) != result:  # 1.5 layers
+    if issubclass(value_type, int) and value != "auto" and float(value) != result:  # 1.5 layers
         raise wrong
     if spec.choices and result not in spec.choices:
         choices, close = ", ".join(spec.choices), did_you_mean(str(result), spec.choices)

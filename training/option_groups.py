@@ -23,8 +23,10 @@ from training.option import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    POSITIVE_OR_AUTO,
     WITHIN,
     Runs,
+    Size,
     Spec,
     option,
     runs_of,
@@ -361,7 +363,7 @@ class OptimizationOptions:
     """
 
     batch_size: int = option("sequences a step, over all ranks and micro-batches", 32, bound=POSITIVE)
-    micro_batch_size: int | None = option("sequences a forward pass on one rank; the rest is accumulated (default: a rank's whole share of the batch)", None, bound=POSITIVE)
+    micro_batch_size: Size | None = option("sequences a forward pass on one rank; the rest is accumulated. auto: as many as fit into memory (docs/memory.md) (default: a rank's whole share of the batch)", None, bound=POSITIVE_OR_AUTO)
     max_steps: int = option("optimizer steps of the run (fine-tuning, and any run with --num_epochs: from that where it is not given)", 100_000, bound=POSITIVE)
     num_epochs: float | None = option("passes over the examples, or over the rows of the text, in place of --max_steps (default: 3 for sft, classify, tag and answer, 1 for other fine-tuning, none on text)", None, bound=POSITIVE, aliases=("epochs",))
     learning_rate: float = option("peak learning rate; one value serves AdamW and Muon. Fine-tuning: 2e-5 (sft, classify, tag, answer), 1e-5 (reward), 1e-6 (dpo, grpo, ppo), ten times that with --lora", 3e-4, bound=POSITIVE)

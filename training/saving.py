@@ -194,6 +194,8 @@ def _state(run: Any) -> dict[str, Any]:
         "stage": run.stage.state() if hasattr(run.stage, "state") else {},  # of those that draw their own answers
         "empty_steps": run.empty_steps,
         "skipped": run.skipped,
+        "micro_batch_size": run.micro_batch_size,
+        "micro_batch_is_auto": run.is_auto,
         "spike_guard": run.guard.state() if run.guard else None,
         "learning_rate": run.learning_rate,
         "versions": versions(),

@@ -272,6 +272,32 @@ def test_so_has_one_of_two_ranks(stage, strategy, setting, workshop, tmp_path):
         _assert_same_bits(one, other)
 
 
+FULL = """
+calls = 0
+
+
+def loss(model, batch, stage_loss):
+    global calls
+    calls += 1
+    if calls == 1:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+    return stage_loss(model, batch)
+"""
+# not rollouts; not KTO, whose KL is that of the weights with which batches are made, and `step` moves them
+HALVED = [stage for stage, words in SHARDED.items() if not any(word in words for word in ("grpo", "ppo", "kto"))]
+
+
+@pytest.mark.parametrize("stage", grid(HALVED, ["mlm of pairs", "sft with dropout", "reward"]))
+def test_a_step_that_ran_out_of_memory_is_that_of_smaller_micro_batches(stage, workshop, tmp_path):
+    """From 5 examples at once to 3 and 2: the same bits as where that size was given."""
+    (tmp_path / "full.py").write_text(FULL)
+    found = step(0, 1, workshop, f"{SHARDED[stage]} --loss_file {tmp_path}/full.py:loss", tmp_path / "halved")
+    (tmp_path / "full.py").write_text(FULL.replace("== 1", "== 0"))
+    words = f"{SHARDED[stage]} --micro_batch_size 3 --loss_file {tmp_path}/full.py:loss"
+    expected = step(0, 1, workshop, words, tmp_path / "given")
+    _assert_same_bits(((), *found[1:]), ((), *expected[1:]))
+
+
 def judges_nothing(prompts, completions) -> list[None]:
     return [None] * len(completions)
 
