@@ -23,6 +23,7 @@ FLAT = {
     "use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4", "trust_remote_code": False, "device_map": None, "packing": True,
     "attn_implementation": "sdpa", "assistant_only_loss": True, "save_strategy": "steps",
+    "metric_for_best_model": "eval_loss", "greater_is_better": False,
 }  # fmt: skip
 NESTED = {
     "model": {"name": "base", "torch_dtype": "bfloat16", "trust_remote_code": False, "attn_implementation": "sdpa"},
@@ -34,6 +35,7 @@ NESTED = {
             "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
             "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "logging_steps", "save_steps", "eval_steps",
             "save_total_limit", "learning_rate", "weight_decay", "adam_beta2", "optim", "seed", "assistant_only_loss",
+            "metric_for_best_model", "greater_is_better",
         )
     },
 }  # fmt: skip
@@ -43,7 +45,7 @@ OURS = {
     "grad_clip": 0.5, "log_interval": 7, "save_interval": 9, "eval_interval": 11, "keep_checkpoints": 2,
     "learning_rate": 2e-4, "weight_decay": 0.01, "beta2": 0.99, "optimizer": "adamw", "max_length": 64, "seed": 5,
     "lora": True, "lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "v_proj"], "load_in_4bit": True,
-    "attention": "sdpa", "train_on": "assistant",
+    "attention": "sdpa", "train_on": "assistant", "best_metric": "eval_loss", "best_mode": "min",
 }  # fmt: skip
 
 
