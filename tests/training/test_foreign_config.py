@@ -23,6 +23,7 @@ FLAT = {
     "use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4", "trust_remote_code": False, "device_map": None, "packing": True,
     "attn_implementation": "sdpa", "assistant_only_loss": True, "save_strategy": "steps",
+    "metric_for_best_model": "eval_loss", "greater_is_better": False,
 }  # fmt: skip
 NESTED = {
     "model": {"name": "base", "torch_dtype": "bfloat16", "trust_remote_code": False, "attn_implementation": "sdpa"},
@@ -35,6 +36,7 @@ NESTED = {
             "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "logging_steps", "save_steps", "eval_steps",
             "save_total_limit", "learning_rate", "weight_decay", "adam_beta2", "optim", "seed", "assistant_only_loss",
             "gradient_checkpointing",
+            "metric_for_best_model", "greater_is_better",
         )
     },
 }  # fmt: skip
@@ -44,7 +46,7 @@ OURS = {
     "grad_clip": 0.5, "log_interval": 7, "save_interval": 9, "eval_interval": 11, "keep_checkpoints": 2,
     "learning_rate": 2e-4, "weight_decay": 0.01, "beta2": 0.99, "optimizer": "adamw", "max_length": 64, "seed": 5,
     "lora": True, "lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "v_proj"], "load_in_4bit": True,
-    "attention": "sdpa", "train_on": "assistant", "activation_checkpointing": "full",
+    "attention": "sdpa", "train_on": "assistant", "activation_checkpointing": "full", "best_metric": "eval_loss", "best_mode": "min",
 }  # fmt: skip
 
 
