@@ -43,7 +43,7 @@ from tools.run_plan import release_memory, run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, resolve_config
 from training.description import describe_run, git_commit, next_command, versions
-from training.failures import failures_recorded, give_up_if_diverged
+from training.failures import followed, give_up_if_diverged
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, checkpoint_parts, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
@@ -51,12 +51,12 @@ from training.numerics import choose_numerics, machine_lines
 from training.parallel import StopRequest, gradient_sync, prepare_model, settle_gradient_buckets, sharding_of
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
 from training.precision import LossScaler, Precision
+from training.replicas import check_replicas
 from training.resume import check_data_order, find_checkpoint
 from training.run_files import read_history
 from training.spike_guard import GoBack, Skipped, SpikeGuard, batches_from, go_on_without, make_guard, position
 from training.stage_plan import check_plan, read_as, read_plan
 from training.standing import Pins, stand_on
-from training.watchdog import watched
 
 MAX_FAILED_SAVES = 3
 CHECK_INTERVAL = 10  # steps between looks at the device-side count of bad steps, where no log line looks anyway
@@ -98,7 +98,7 @@ def run_stage(
         save_folder.clean(save_dir)
         run, stop = build_run(given, ranks, from_file), StopRequest()
         start_step = run.step
-        while back := followed(run, stop):
+        while back := followed(loop, run, stop):
             del run  # before another one needs its memory
             release_memory(ranks.device, compiled=False)
             run = build_run(given | {"checkpoint": str(back.checkpoint)}, ranks, from_file)
@@ -117,7 +117,7 @@ def run_stage(
 def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | None) -> "Run":
     """Everything that the loop needs, checked and announced, at step 0 or where a checkpoint left off."""
     # ---------------------------------------------------------------------------------------------------------- options
-    resumed_from, saved = find_checkpoint(resolve_config(given, validate=False)[0])
+    resumed_from, saved = find_checkpoint(resolve_config(given, validate=False)[0], ranks.restarted)
     config, origins = resolve_config(given, saved.get("options"), in_plan=from_file is not None)
     origins |= dict.fromkeys(from_file or (), "config file")
     if config.batch_size < ranks.world_size:
@@ -182,12 +182,6 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         learning_rate=saved.get("learning_rate", 0.0), checkpoint=resumed_from, skipped=saved.get("skipped", []),
         guard=make_guard(config, ranks, saved.get("spike_guard")),
     )  # fmt: skip
-
-
-def followed(run: "Run", stop: StopRequest) -> GoBack | None:
-    """`loop`, whose end is recorded whatever it is, and whose standing still is noticed."""
-    with failures_recorded(run), watched(run):
-        return loop(run, stop)
 
 
 def loop(run: "Run", stop: StopRequest) -> GoBack | None:
@@ -361,6 +355,7 @@ class Run:
     @with_weights_to_use
     def save(self, step: int) -> None:
         self.hooks.save = False
+        check_replicas(self.model, self.ranks, step)
         self.log.status("saving", step)
         state = {
             "options": dataclasses.asdict(self.config),
@@ -402,6 +397,7 @@ class Run:
     @with_weights_to_use
     def evaluate(self, step: int, last: bool) -> None:
         """Validation figures over all ranks, then, on the first, a sample of text and the plot of the run so far."""
+        check_replicas(self.model, self.ranks, step)
         self.log.status("evaluating", step)
         start = time.perf_counter()
         figures = figures_of_both(self.ema, self.stage.evaluate, self.model, last)
