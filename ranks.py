@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +39,7 @@ class Ranks:
     samples, or adds up what was found of them, does so as `data` says; whoever means processes, as in drawing answers, in
     agreeing on a signal and in what a user's hooks see, does without.
     alike, place: of `data` alone: how many processes are this one rank, and which of them this is.
+    restarted: torchrun has started the ranks before; the same on all of them.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Ranks:
     sharing: int = 1
     alike: int = 1
     place: int = 0
+    restarted: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -91,6 +93,8 @@ def start_ranks(device_name: str, timeout: float) -> Ranks:
     patience = timedelta(minutes=1.25 * timeout + 1)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # each machine's torchrun counts what ended on its own: where another one's rank died, this one has restarted nothing
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     device = choose_device(device_name, local_rank)
     if "LOCAL_RANK" in os.environ:
         _die_with_parent()
@@ -100,9 +104,11 @@ def start_ranks(device_name: str, timeout: float) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, world_size = next(rendezvous("env://", timeout=patience))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            restarted |= rank == 0 and store.add("groundup/starts", 1) > 1
             store = _of_this_start(store, rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
-    return Ranks(rank, world_size, device)
+    alone = Ranks(rank, world_size, device)
+    return replace(alone, restarted=alone.largest(restarted) > 0)
 
 
 def _of_this_start(store: dist.Store, rank: int, world_size: int) -> dist.Store:

@@ -42,8 +42,8 @@ from tools.run_plan import release_memory, run_plan
 from training.averages import Ema, figures_of_both, with_weights_to_use
 from training.config import TrainConfig, add_options, of_launcher, resolve_config
 from training.description import describe_run, next_command
-from training.failures import failures_recorded, give_up_if_diverged
-from training.garbage import collect_garbage, own_collection
+from training.failures import followed, give_up_if_diverged
+from training.garbage import collect_garbage
 from training.hooks import Hooks, load_hooks
 from training.loading import build_model, make_ema, make_optimizers, read_base_shape, reward_adapter
 from training.metrics import Clock, Metrics, RunLog, peak_tflops, reduce_metrics, train_row
@@ -61,12 +61,12 @@ from training.parallel import (
 from training.plan import RunPlan, example_sizes, format_plan, plan_run, shape_of
 from training.precision import LossScaler, Precision
 from training.profile import StepProfile
+from training.replicas import check_replicas
 from training.resume import check_data_order, find_checkpoint
 from training.saving import Saves
 from training.spike_guard import GoBack, Skipped, SpikeGuard, batches_from, go_on_without, make_guard, position
 from training.stage_plan import check_plan, read_as, read_plan
 from training.standing import Pins, stand_on
-from training.watchdog import watched
 
 CHECK_INTERVAL = 10  # steps between looks at the device-side count of bad steps, where no log line looks anyway
 
@@ -107,7 +107,7 @@ def run_stage(
         save_folder.clean(save_dir)
         run, stop = build_run(given, ranks, from_file), StopRequest()
         start_step = run.step
-        while back := followed(run, stop):
+        while back := followed(loop, run, stop):
             del run  # before another one needs its memory
             release_memory(ranks.device, compiled=False)
             run = build_run(given | {"checkpoint": str(back.checkpoint)}, ranks, from_file)
@@ -126,7 +126,7 @@ def run_stage(
 def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | None) -> "Run":
     """Everything that the loop needs, checked and announced, at step 0 or where a checkpoint left off."""
     # ---------------------------------------------------------------------------------------------------------- options
-    resumed_from, saved = find_checkpoint(resolve_config(given, validate=False)[0])
+    resumed_from, saved = find_checkpoint(resolve_config(given, validate=False)[0], ranks.restarted)
     config, origins = resolve_config(given, saved.get("options"), in_plan=from_file is not None)
     origins |= dict.fromkeys(from_file or (), "config file")
     ranks = grouped(ranks, config)
@@ -201,12 +201,6 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
         learning_rate=saved.get("learning_rate", 0.0), saves=Saves(newest=resumed_from), skipped=saved.get("skipped", []),
         guard=make_guard(config, ranks, saved.get("spike_guard")), micro_batch_size=size, is_auto=found,
     )  # fmt: skip
-
-
-def followed(run: "Run", stop: StopRequest) -> GoBack | None:
-    """`loop`, whose end is recorded whatever it is, and whose standing still is noticed."""
-    with own_collection(), failures_recorded(run), run.saves.finished_alone(run), watched(run):
-        return loop(run, stop)
 
 
 def batches_of(run: "Run") -> Iterator[list[MicroBatch]]:
@@ -403,11 +397,13 @@ class Run:
 
     @with_weights_to_use
     def save(self, step: int) -> None:
+        check_replicas(self.model, self.ranks, step)
         self.saves.save(self, step)
 
     @with_weights_to_use
     def evaluate(self, step: int, last: bool) -> None:
         """Validation figures over all ranks, then, on the first, a sample of text and the plot of the run so far."""
+        check_replicas(self.model, self.ranks, step)
         self.log.status("evaluating", step)
         start = time.perf_counter()
         figures = figures_of_both(self.ema, self.stage.evaluate, self.model, last)

@@ -23,7 +23,6 @@ from ranks import Ranks
 from tools import merge
 from training.config import TrainConfig
 from training.parallel import StopRequest
-from training.resume import was_restarted
 from training.stage_plan import PlannedStage, finished_checkpoint
 
 # (options, ranks, names of those that come from the file) -> (whether --max_steps is reached, signals received until then)
@@ -37,7 +36,7 @@ def run_plan(
 
     With --checkpoint latest the finished ones are left as they are. A signal stops the plan: the next stage is not begun.
     """
-    resuming = shared.checkpoint == "latest" or was_restarted()
+    resuming = shared.checkpoint == "latest" or ranks.restarted
     root = Path(shared.save_dir)
     if stages[0].timestamped and "save_dir" not in flags:
         root = from_rank_0(lambda: folder_of_start(root, resuming))

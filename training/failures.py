@@ -1,13 +1,24 @@
 """What ends a run early, and in which words is it told?"""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from errors import UserError, is_out_of_memory
 from ranks import lost_rank
+from training.garbage import own_collection
+from training.parallel import StopRequest
+from training.watchdog import watched
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient before the run gives up
+
+T = TypeVar("T")
+
+
+def followed(loop: Callable[[Any, StopRequest], T], run: Any, stop: StopRequest) -> T:
+    """What train.py's `loop` returns; its end is recorded, whatever it is, and its standing still noticed."""
+    with own_collection(), failures_recorded(run), run.saves.finished_alone(run), watched(run):
+        return loop(run, stop)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Where does a run go on? From step 0, or from a checkpoint that fits the command and the data it is given."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -11,10 +10,10 @@ from training.config import TrainConfig
 from training.mixture import check_mixture
 
 
-def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
-    """(the checkpoint to resume from or None, its saved state). A worker that torchrun restarted resumes by itself."""
+def find_checkpoint(config: TrainConfig, restarted: bool) -> tuple[Path | None, dict]:
+    """(the checkpoint to resume from or None, its saved state). Ranks that torchrun has restarted resume by themselves."""
     which = config.checkpoint
-    if was_restarted() and (which is None or list_checkpoints(config.save_dir)):
+    if restarted and (which is None or list_checkpoints(config.save_dir)):
         which = "latest"  # whatever the first start went on from, this one goes on from what was saved since
     if which is None:
         if existing := list_checkpoints(config.save_dir):
@@ -42,11 +41,6 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path | None, dict]:
             "earlier step choose another --save_dir"
         )
     return found.path, state
-
-
-def was_restarted() -> bool:
-    """Whether torchrun has started this worker again after a crash."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 # the flag that decides each part of a run's data order, where it is not the part's own name

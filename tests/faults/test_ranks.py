@@ -21,10 +21,15 @@ QUIET = "--eval_interval 0 --sample_prompt= --log_interval 1 --device cpu --save
 
 def steps(save_dir: Path) -> list[int]:
     """Of the training rows in metrics.jsonl, but for one that is being written."""
+    return list(losses(save_dir))
+
+
+def losses(save_dir: Path) -> dict[int, float]:
+    """Of two rows of a step the later one counts."""
     path = save_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     rows = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    return [row["step"] for row in rows if "loss" in row]
+    return {row["step"]: row["loss"] for row in rows if "lr" in row}
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
@@ -168,6 +173,112 @@ def test_what_goes_on_slowly_is_left_alone(words, tmp_path):
     subprocess.run(["sleep", "2"], check=True)
     slow.send(signal.SIGCONT)
     assert slow.wait(30).code == 0
+
+
+# ---- ranks that are asked to leave, and that disagree ---------------------------------------------------------------------
+
+ASKS = """
+import os, signal
+
+def {event}(state):
+    if state.step == 14 and os.environ["RANK"] == "1":
+        for _ in range({times}):
+            os.kill(os.getpid(), signal.SIG{name})
+"""
+
+
+def hooked(folder: Path, words: list[str], code: str) -> list[object]:
+    (folder / "mine.py").write_text(code)
+    return [*words, "--save_dir", folder / "run", "--hooks", folder / "mine.py"]
+
+
+PHASES = [("on_step", "INT"), ("on_step", "USR1"), ("on_evaluate", "TERM"), ("on_checkpoint", "TERM")]
+
+
+@pytest.mark.parametrize(("event", "name"), grid(PHASES, [("on_evaluate", "TERM")]))
+def test_a_rank_is_asked_to_leave_in_a_step_an_evaluation_or_a_save(event, name, words, whole, tmp_path):
+    """Whenever it is, all save at one step, leave, and go on to the same bits."""
+    number, run = getattr(signal, f"SIG{name}"), tmp_path / "run"
+    given = hooked(tmp_path, [*words, "--eval_interval", "7"], ASKS.format(event=event, name=name, times=1))
+    ended = [rank.wait(60) for rank in start_ranks(tmp_path, *given)]
+    assert [one.code for one in ended] == [128 + number] * 2, ended[1].err
+    last = max(steps(run))
+    assert last in (14, 15) and (run / f"checkpoint_step_{last}").is_dir()
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    (tmp_path / "mine.py").write_text("def on_step(state): ...\n")
+    again = start_ranks(tmp_path, *given, "--checkpoint", "latest")
+    assert [rank.wait(60).code for rank in again] == [0, 0]
+    assert digests(run / "checkpoint_step_30") == whole
+
+
+def test_a_second_signal_leaves_at_once_and_leaves_nothing_half(words, tmp_path):
+    given = hooked(tmp_path, words, ASKS.format(event="on_step", name="TERM", times=2))
+    ended = [rank.wait(20) for rank in start_ranks(tmp_path, *given)]
+    assert [one.code for one in ended] == [2, 143] and "another rank has ended" in ended[0].err
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint*")} == {"checkpoint_step_7"}
+
+
+@pytest.mark.exhaustive
+def test_two_ranks_then_one_then_two_learn_what_two_did(words, tmp_path):
+    for folder, parts in (("straight", [(2, 30)]), ("changing", [(2, 10), (1, 20), (2, 30)])):
+        for place, (world_size, last) in enumerate(parts):
+            more = ["--save_dir", tmp_path / folder, "--schedule", "constant", "--max_steps", last]
+            more += ["--checkpoint", "latest"] if place else []
+            ended = [rank.wait() for rank in start_ranks(tmp_path, *words, *more, world_size=world_size)]
+            assert [one.code for one in ended] == [0] * world_size, ended[0].err
+    straight, changing = (losses(tmp_path / folder) for folder in ("straight", "changing"))
+    assert len(changing) == 30 and changing == pytest.approx(straight, rel=1e-4)
+
+
+NAN_ON_RANK_1 = """
+import os
+
+seen = 0
+
+def loss(model, batch, stage_loss):
+    global seen
+    seen += 1
+    total, metrics = stage_loss(model, batch)
+    spoilt = os.environ["RANK"] == "1" and seen == 2 + 9  # two passes settle DDP's buckets
+    return total * (float("nan") if spoilt else 1.0), metrics
+"""
+
+
+def test_a_nan_on_one_rank_is_left_out_on_all(words, tmp_path):
+    (tmp_path / "mine.py").write_text(NAN_ON_RANK_1)
+    run = tmp_path / "run"
+    given = [*words, "--save_dir", run, "--loss_file", f"{tmp_path / 'mine.py'}:loss", "--save_interval", 1]
+    ended = [rank.wait() for rank in start_ranks(tmp_path, *given, "--max_steps", 11)]
+    assert [one.code for one in ended] == [0, 0], ended[0].err
+    assert "step 9: the gradient is not finite" in ended[0].out
+    at = {step: digests(run / f"checkpoint_step_{step}") for step in (8, 9, 10)}
+    assert at[8] == at[9] != at[10]
+
+
+DIVERGES = """
+import os, torch
+
+def on_step(state):
+    if state.step == 9 and os.environ["RANK"] == "{rank}":
+        with torch.no_grad():
+            state.model.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-3
+"""
+
+
+@pytest.mark.parametrize(("world_size", "whose"), grid([(2, "one of the ranks"), (3, "rank 1")], [(3, "rank 1")]))
+def test_a_replica_that_became_another_model_is_named_and_not_saved(world_size, whose, words, tmp_path):
+    given = hooked(tmp_path, words, DIVERGES.format(rank=1))
+    ended = [rank.wait() for rank in start_ranks(tmp_path, *given, "--max_steps", 30, world_size=world_size)]
+    assert [one.code for one in ended] == [2] * world_size
+    for one in ended:
+        assert (
+            f"step 14: model.embed_tokens.weight is not the same on all ranks, {whose} has other bits" in one.err
+            or (
+                f"step 14: model.layers.1.mlp.down_proj.weight is not the same on all ranks, {whose} has other bits"
+                in one.err
+            )
+        )
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint*")} == {"checkpoint_step_7"}
 
 
 # ---- data that changes under the reader ---------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ OURS = {
     "grad_clip": 0.5, "log_interval": 7, "save_interval": 9, "eval_interval": 11, "keep_checkpoints": 2,
     "learning_rate": 2e-4, "weight_decay": 0.01, "beta2": 0.99, "optimizer": "adamw", "max_length": 64, "seed": 5,
     "lora": True, "lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "v_proj"], "load_in_4bit": True,
-    "attention": "sdpa", "train_on": "assistant", "activation_checkpointing": "full", "best_metric": "eval_loss", "best_mode": "min",
+    "attention": "sdpa", "train_on": "assistant", "activation_checkpointing": "full",
+    "best_metric": "eval_loss", "best_mode": "min",
 }  # fmt: skip
 
 
