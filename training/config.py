@@ -157,13 +157,9 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
         if self.deepspeed is None:
             raise UserError("--deepspeed is missing: name a config, such as configs/deepspeed/zero2.json")
         stage = stage_of(read_settings(self.deepspeed))
-        alone = "--strategy deepspeed"
         for refused, named, reason in (
-            (
-                self.optimizer_file or self.optimizer != "adamw",
-                f"--optimizer {self.optimizer}",
-                "add --optimizer adamw",
-            ),
+            (self.optimizer_file, "--optimizer_file", "leave it out, and add --optimizer adamw"),
+            (self.optimizer != "adamw", f"--optimizer {self.optimizer}", "add --optimizer adamw"),
             (self.stage not in ZERO_STAGES, f"--stage {self.stage}", f"which takes {', '.join(ZERO_STAGES)}: use fsdp"),
             (self.load_in_4bit, "--load_in_4bit", "use --strategy fsdp"),
             (self.ema is not None, "--ema", "leave it out, or use ddp"),
@@ -177,7 +173,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             (self.lora and self.add_chat_tokens, "--lora with --add_chat_tokens", "use --strategy fsdp"),
         ):
             if refused:
-                raise UserError(f"{named} is not for {alone} (ZeRO {stage}): {reason}")
+                raise UserError(f"{named} is not for --strategy deepspeed (ZeRO {stage}): {reason}")
 
     def _check_stage(self, data_needed: bool) -> None:
         """UserError where what the stage starts from or learns from is missing, or was given for another stage."""
@@ -312,13 +308,15 @@ def resolve_config(
 
 
 def _refuse_contradiction(given: dict[str, Any], launched: dict[str, Said]) -> None:
-    """UserError where a launcher and the command, or its config file, say two things of one option."""
+    """UserError where a launcher and the command, or its config file, say two things of one option, or of its other name."""
     for name, said in launched.items():
-        if name in given and given[name] != said.value:
-            raise UserError(
-                f"{said.where} asks for {as_flag(name, said.value)}, and the command for {as_flag(name, given[name])}: "
-                "leave one of them out"
-            )
+        others = {other for pair in ALTERNATIVES if name in pair for other in pair if given.get(other) is not None}
+        for other in sorted({name, *others} & given.keys()):
+            if other != name or given[name] != said.value:
+                raise UserError(
+                    f"{said.where} asks for {as_flag(name, said.value)}, and the command for {as_flag(other, given[other])}: "
+                    "leave one of them out"
+                )
 
 
 def _of_deepspeed(chosen: dict[str, Any], said: dict[str, Any]) -> dict[str, Said]:

@@ -80,8 +80,10 @@ NAMES: dict[str, Is | Only | Unused] = {
     "use_cache": Only((False, None), "there is no key-value cache in training"),
     "gradient_checkpointing": Is("activation_checkpointing", {True: "full", **dict.fromkeys(_OFF, "none")}),
     "gradient_checkpointing_kwargs": Unused("a block is computed again in one way alone"),
-    "deepspeed": Only((None,), "weights and optimizer state are not sharded here"),
-    "fsdp": Only((None, "", ()), "weights and optimizer state are not sharded here"),
+    "deepspeed": Is("deepspeed"),
+    "fsdp": Only(
+        (None, "", ()), "weights are shared out by strategy (fsdp), shard_size, reshard_after_forward and offload"
+    ),
     "torch_compile": Is("compile_model"),
     "use_liger_kernel": Unused("--kernels chooses the fused kernels of this project"),
     # examples

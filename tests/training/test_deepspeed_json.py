@@ -104,6 +104,12 @@ def test_what_is_not_here_is_refused_by_name(settings, words):
         ({"train_batch_size": 64}, {"batch_size": 32}, r"\(train_batch_size\) asks for --batch_size 64"),
         ({"optimizer": ADAMW}, {"learning_rate": 1e-4}, r"\(optimizer.params.lr\)"),
         ({"optimizer": ADAMW}, {"optimizer": "muon"}, "the command for --optimizer muon"),
+        (
+            {"optimizer": ADAMW, "scheduler": DECAY},
+            {"num_epochs": 2.0},
+            "--max_steps 200, and the command for --num_epochs 2.0",
+        ),
+        ({"optimizer": ADAMW}, {"optimizer_file": "my.py:build"}, "and the command for --optimizer_file my.py:build"),
         ({"bf16": {"enabled": True}}, {"mixed_precision": "none"}, r"\(bf16.enabled\)"),
         ({}, {"strategy": "fsdp"}, "asks for --strategy deepspeed, and the command for --strategy fsdp"),
         (
@@ -165,3 +171,15 @@ def test_a_run_goes_on_with_another_strategy_than_deepspeed():
     assert resolve_config({"data_dir": ["data"], "strategy": "fsdp"}, saved)[0].strategy == "fsdp"
     changed = resolve_config({"data_dir": ["data"], "deepspeed": SHIPPED[2]}, {"strategy": "ddp", "optimizer": "adamw"})
     assert changed[0].strategy == "deepspeed"
+
+
+def test_a_transformers_config_may_name_it(tmp_path):
+    rows = {"output_dir": "out", "per_device_train_batch_size": 8, "optim": "adamw_torch", "bf16": True}
+    file = tmp_path / "arguments.json"
+    file.write_text(
+        json.dumps(rows | {"model_name_or_path": "base", "dataset_path": "a.jsonl", "deepspeed": SHIPPED[3]})
+    )
+    config, _ = resolve_config({"config": str(file), "stage": "sft"})
+    assert (config.strategy, config.deepspeed, config.mixed_precision) == ("deepspeed", SHIPPED[3], "bf16")
+    with pytest.raises(UserError, match="the command for --strategy ddp"):
+        resolve_config({"config": str(file), "stage": "sft", "strategy": "ddp"})
