@@ -34,7 +34,7 @@ from errors import UserError, run_script
 from generation.sampling import stream_text
 from kernels.attention_backends import describe_attention
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
-from sharding import gathered, padded, whole
+from sharding import alike, gathered, norm_of_all, padded
 from stages.build import Stage, StageData, build_stage, open_stage_data
 from stages.classify import Classify
 from stages.custom_loss import choose_loss
@@ -134,7 +134,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
     # ------------------------------------------------------------------------------------------------------------- plan
     tokenizer = data.tokenizer
     shape = shape_of(config, base_shape, tokenizer, data.max_length, data.num_new_tokens)
-    shard = sharding_of(config, ranks)
+    shard = sharding_of(config, ranks, shape)
     plan = plan_run(
         config, shape, max_length=data.max_length, world_size=ranks.world_size,
         half_precision=precision.dtype != torch.float32, train_windows=data.num_samples,
@@ -287,8 +287,7 @@ class Run:
             with gradient_sync(self.model, enabled=index == len(passes) - 1):
                 with self.precision.autocast(self.ranks.device):
                     loss, metrics = self.loss(self.model, batch.to(self.ranks.device))
-                # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone, but for
-                # that by the ranks of one micro-batch, of which each has the whole loss
+                # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone (ranks.py)
                 (loss * (self.scaler.scale * (counts * self.ranks.data.world_size / total_weight))).backward()
             for name, (value, weight) in metrics.items() if counts else ():
                 sums[name] = (sums[name][0] + value, sums[name][1] + weight) if name in sums else (value, weight)
@@ -320,10 +319,11 @@ class Run:
         """One step of every optimizer with the gradients as they are; returns their norm before it is clipped."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler.enabled:
-            torch._foreach_mul_(gradients, (1.0 / self.scaler.scale).to(gradients[0].device))
-        grad_norm = whole(torch.nn.utils.get_total_norm(gradients)).to(self.ranks.device)
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, grad_norm)
+            for some in alike(gradients):
+                torch._foreach_mul_(some, (1.0 / self.scaler.scale).to(gradients[0].device))
+        grad_norm = norm_of_all(gradients).to(self.ranks.device)
+        for some in alike(self.parameters) if self.config.grad_clip else ():
+            torch.nn.utils.clip_grads_with_norm_(some, self.config.grad_clip, grad_norm)
         # a step without a finite gradient is left out on the device: weights and optimizer state keep their bits
         finite = torch.isfinite(grad_norm)
         for optimizer in self.optimizers:

@@ -47,7 +47,7 @@ from checkpointing.save_folder import (
 from checkpointing.tensors import model_tensors, optimizer_names, optimizer_tensors, rng_state
 from paths import is_plain_name
 from ranks import unwrap
-from sharding import is_sharded
+from sharding import has_parts
 
 MAX_SHARD_BYTES = 5_000_000_000  # where Hugging Face tools split
 Files = dict[str, Iterable[bytes | memoryview]]  # by name, each as its bytes piece by piece
@@ -127,7 +127,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         return SaveResult(True, published, _after_publishing(save_dir, published, keep_checkpoints))
 
-    if not is_sharded(model):
+    if not has_parts(model):
         return from_rank_0(write)
     if dist.get_rank() == 0:
         result = write()

@@ -109,13 +109,26 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
                 f"--attention {self.attention} is not for --context_parallel, whose queries are a part of a row: choose auto, "
                 "sdpa or flex"
             )
-        if self.strategy != "fsdp":
+        if self.strategy != "fsdp" and self.tensor_parallel == 1:
             return
+        way, otherwise = (
+            ("--strategy fsdp", "use ddp") if self.tensor_parallel == 1 else ("--tensor_parallel", "give 1")
+        )
         if self.optimizer_file or self.optimizer not in SHARDED_OPTIMIZERS:
             named = "--optimizer_file" if self.optimizer_file else f"--optimizer {self.optimizer}"
-            raise UserError(f"{named} is not for --strategy fsdp: choose {', '.join(SHARDED_OPTIMIZERS)}, or ddp")
+            raise UserError(f"{named} is not for {way}: choose {', '.join(SHARDED_OPTIMIZERS)}, or {otherwise}")
         if self.ema is not None:
-            raise UserError("--ema is not for --strategy fsdp: leave it out, or use ddp")
+            raise UserError(f"--ema is not for {way}: leave it out, or {otherwise}")
+        if self.tensor_parallel == 1:
+            return
+        for flag, given in (
+            ("--load_in_4bit", self.load_in_4bit), ("--dora", self.dora), ("--lora_dropout", self.lora_dropout),
+            ("--add_chat_tokens", self.lora and self.add_chat_tokens), ("--loss_file", self.loss_file),
+        ):  # fmt: skip
+            if given:
+                raise UserError(
+                    f"{flag} is not for --tensor_parallel, of whose ranks each has a part of a layer: leave one out"
+                )
 
     def _check_stage(self, data_needed: bool) -> None:
         """UserError where what the stage starts from or learns from is missing, or was given for another stage."""

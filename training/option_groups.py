@@ -417,10 +417,16 @@ class HardwareOptions:
     compile_model: bool = option("torch.compile the model in place", False)
     strategy: str = option("how several ranks hold the model: ddp (each has all of it) or fsdp (each has a part of weights, gradients and optimizer state)", "ddp", choices=STRATEGIES)
     context_parallel: int = option("neighbouring ranks that share the tokens of each row, for rows longer than one device holds; the ranks are a multiple of it", 1, bound=POSITIVE)
+    tensor_parallel: int = option("neighbouring ranks that share the matrices of each block, by heads and channels, and the vocabulary; the ranks are a multiple of it, times --context_parallel", 1, bound=POSITIVE)
     shard_size: int | None = option("ranks that share one copy of the model, which divide the number of ranks (default: all of them)", None, bound=POSITIVE, read_by=SHARDED)
     reshard_after_forward: bool = option("a block's weights are given up after its forward pass, and gathered again for its backward pass", True, read_by=SHARDED)
     offload: str = option("none, or all: weights, gradients and optimizer state lie in the host's memory, which updates them", "none", choices=("none", "all"), read_by=SHARDED)
     peak_tflops: float | None = option("peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None, bound=POSITIVE)
+
+    @property
+    def ranks_of_a_batch(self) -> int:
+        """How many ranks work on each micro-batch together."""
+        return self.context_parallel * self.tensor_parallel
 
 
 @dataclass
