@@ -204,7 +204,7 @@ def test_a_step_is_the_same_where_ranks_hold_parts_of_the_model(stage, workshop,
 
 
 SHARING = [
-    "pretrain", "mlm of pairs", "sft with LoRA over NF4", "sft with dropout", "reward", "dpo with LoRA", "kto", "gspo",
+    "mlm of pairs", "sft with LoRA over NF4", "sft with dropout", "reward", "dpo with LoRA", "kto", "gspo",
     "grpo with LoRA", "ppo", "experts", "gpt2 with dropout",
 ]  # fmt: skip
 
@@ -215,18 +215,7 @@ def test_a_step_is_the_same_where_ranks_share_rows(stage, workshop, tmp_path):
     compare(stage, [(4, "--context_parallel 2 --strategy fsdp --micro_batch_size 2")], workshop, tmp_path)
 
 
-SPLIT = [
-    "pretrain",
-    "mlm of pairs",
-    "sft",
-    "sft with LoRA",
-    "reward",
-    "dpo with LoRA",
-    "kto",
-    "grpo",
-    "grpo with LoRA",
-    "ppo",
-]
+SPLIT = ["mlm of pairs", "sft with LoRA", "reward", "dpo with LoRA", "kto", "grpo with LoRA", "ppo"]
 
 
 @pytest.mark.parametrize("stage", grid(SPLIT, ["sft with LoRA"]))
