@@ -26,6 +26,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
 from model_config import ModelConfig
+from tensor_parallel import TensorGroup, own
 
 
 class Cache(Protocol):
@@ -67,8 +68,10 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, fp32 inside (Zhang & Sennrich 2019).
 
     offset: the weight counts from one, and nothing is rounded before the product (Gemma). The result has the dtype of the
-    matrix product that follows; under autocast the residual stream keeps its fp32.
+    matrix product that follows; under autocast the residual stream keeps its fp32. group: of ranks that norm some heads each.
     """
+
+    group: TensorGroup | None = None
 
     def __init__(self, size: int, eps: float, offset: bool = False):
         super().__init__()
@@ -77,8 +80,9 @@ class RMSNorm(nn.Module):
         self.offset = offset
 
     def forward(self, x: Tensor, implementation: str) -> Tensor:
+        weight = self.weight if self.group is None else own(self.weight)
         return rms_norm(
-            x, self.weight, self.eps, gemma=self.offset, out_dtype=compute_dtype(x), implementation=implementation
+            x, weight, self.eps, gemma=self.offset, out_dtype=compute_dtype(x), implementation=implementation
         )  # fmt: skip
 
     def in_its_dtype(self, x: Tensor) -> Tensor:
@@ -142,18 +146,43 @@ class Linear(nn.Linear):
     """torch's, whose product runs where kernels/linear.py sends it.
 
     fp8: it is in fp8 while it is learned from. What is evaluated, drawn or judged is what others will compute of the weights.
+    group: of ranks that have some rows of the weight each, or with `sums` some columns, and then sum their products.
     """
 
     fp8 = False
+    group: TensorGroup | None = None
+    sums = False
 
     def forward(self, input: Tensor) -> Tensor:
         if self.fp8 and torch.is_grad_enabled():
             return fp8_linear(input, self.weight, self.bias)
-        return linear(input, self.weight, self.bias)
+        if self.group is None:
+            return linear(input, self.weight, self.bias)
+        if not self.sums:
+            return linear(input, own(self.weight), own(self.bias))
+        y = self.group.leaving(linear(input, own(self.weight)))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Embedding(nn.Embedding):
+    """torch's. group: of ranks that have some rows of the weight each; a token has its row on one of them."""
+
+    group: TensorGroup | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.group is None:
+            return super().forward(input)
+        rows = own(self.weight)
+        places = input - self.group.first(self.num_embeddings)
+        inside = (places >= 0) & (places < len(rows))
+        found = F.embedding(places.where(inside, 0), rows) if len(rows) else rows.new_zeros(*input.shape, rows.shape[1])
+        return self.group.leaving(torch.where(inside[..., None], found, 0.0))
 
 
 class Attention(nn.Module):
-    """Self-attention of grouped queries."""
+    """Self-attention of grouped queries. group: of ranks that have some of the heads each."""
+
+    group: TensorGroup | None = None
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -186,6 +215,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         batch, length, _ = x.shape
+        x = x if self.group is None else self.group.entering(x)
         q, k, v = self.projections(x)  # (B, T, A·D), (B, T, K·D) twice
         if not self.norm_per_head:
             q, k = self.normed(q, k, shared)
@@ -222,7 +252,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) · up(x)) (Shazeer 2020), or down(act(up(x)))."""
+    """down(act(gate(x)) · up(x)) (Shazeer 2020), or down(act(up(x))). group: of ranks that have some channels of it each."""
+
+    group: TensorGroup | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -238,6 +270,7 @@ class MLP(nn.Module):
         self.joint_sizes: list[int] | None = None  # as in Attention
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        x = x if self.group is None else self.group.entering(x)
         if not self.gated:
             return self.down_proj(activation(self.up_proj(x), self.act))
         gate, up = self.projections(x)  # (B, T, F) twice, or packed (B, T, 2F) and None

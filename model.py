@@ -38,10 +38,12 @@ from kernels.choice import KernelChoice
 from kernels.linear import linear
 from kernels.linear_cross_entropy import LossSums, TokenStatistics, linear_cross_entropy, token_statistics
 from kernels.rotary import BY_LENGTH, rotary_tables
-from layers import Block, PredictionHead, Shared, compute_dtype, norm_of
+from kernels.split_vocabulary import SplitStatistics, split_token_statistics
+from layers import Block, Embedding, PredictionHead, Shared, compute_dtype, norm_of
 from model_config import FULL, SLIDING, ModelConfig
 from paths import inside
 from sharding import fill
+from tensor_parallel import TensorGroup, own
 
 # ---------------------------------------------------------------------------------------------------------- transformer
 
@@ -57,7 +59,7 @@ class Body(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.embed_tokens = Embedding(config.vocab_size, size)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings + config.position_offset, size)
         if config.type_vocab_size:
@@ -79,7 +81,8 @@ class Transformer(nn.Module):
     `kernels` says what its operations run on (kernels/choice.py); by default plain PyTorch. It may be set later, as may
     `dropout`: the probability in training mode, after the embedding and after each sub-layer (not of attention's
     probabilities), decided by `token_keys` (B, T), which adapters.lora.set_token_keys sets. With a `context` several ranks
-    share rows (context.py): each gives `forward`, and the loss, all of them, and gets the same result.
+    share rows (context.py): each gives `forward`, and the loss, all of them, and gets the same result. group: of ranks that
+    share the matrices, each with its part (tensor_parallel.py).
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelChoice = _PLAIN):
@@ -89,6 +92,7 @@ class Transformer(nn.Module):
         self.dropout = 0.0
         self.token_keys: Tensor | None = None
         self.context: Context | None = None
+        self.group: TensorGroup | None = None
         # gives the head's weight where some rows of it alone learn (adapters/token_rows.py)
         self.head_gradient: Callable[[nn.Module], Tensor] | None = None
         self.model = Body(config)
@@ -101,8 +105,10 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H): what turns a hidden state into logits; the embedding itself when tied."""
+        """(V, H): what turns a hidden state into logits; the embedding itself when tied. Of a `group` this rank's rows."""
         layer = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        if self.group is not None:
+            return own(layer.weight)
         if self.head_gradient is None or not torch.is_grad_enabled():
             return layer.weight
         return self.head_gradient(layer)
@@ -251,16 +257,21 @@ class Transformer(nn.Module):
         ones = torch.zeros(*x.shape[:-1], _BIAS_COLUMNS, dtype=x.dtype, device=x.device)
         ones[..., 0] = 1.0
         return torch.cat([x, ones], dim=-1), torch.cat(
-            [self.head_weight, F.pad(self.head.bias[:, None], (0, _BIAS_COLUMNS - 1))], dim=1
+            [self.head_weight, F.pad(own(self.head.bias)[:, None], (0, _BIAS_COLUMNS - 1))], dim=1
         )
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossSums:
         """`linear_cross_entropy` of the logits of hidden states (N, H), for targets (N,) int64."""
         hidden, targets, _ = self._shared_out(hidden, targets)
-        sums = linear_cross_entropy(
-            *self.head_inputs(hidden), targets,
-            softcap=self.softcap, z_loss=z_loss, implementation=self.kernels.linear_cross_entropy,
-        )  # fmt: skip
+        if self.group is None:
+            sums = linear_cross_entropy(
+                *self.head_inputs(hidden), targets,
+                softcap=self.softcap, z_loss=z_loss, implementation=self.kernels.linear_cross_entropy,
+            )  # fmt: skip
+        else:
+            split = self._split_statistics(hidden, targets, self.group)
+            cross_entropy = -split.logprobs.sum()
+            sums = LossSums(cross_entropy + z_loss * split.lse.square().sum(), cross_entropy.detach())
         return sums if self.context is None else LossSums(*(self.context.sum(one) for one in sums))
 
     def token_statistics(
@@ -268,11 +279,15 @@ class Transformer(nn.Module):
     ) -> TokenStatistics:
         """`token_statistics` of the logits of hidden states (N, H), or of the first vocab_size of them, for targets (N,)."""
         hidden, targets, share = self._shared_out(hidden, targets)
-        states, weight = self.head_inputs(hidden)
-        found = token_statistics(
-            states, weight[:vocab_size], targets,
-            temperature=temperature, softcap=self.softcap, implementation=self.kernels.linear_cross_entropy,
-        )  # fmt: skip
+        if self.group is None:
+            states, weight = self.head_inputs(hidden)
+            found = token_statistics(
+                states, weight[:vocab_size], targets,
+                temperature=temperature, softcap=self.softcap, implementation=self.kernels.linear_cross_entropy,
+            )  # fmt: skip
+        else:
+            split = self._split_statistics(hidden, targets, self.group, temperature=temperature, vocab_size=vocab_size)
+            found = TokenStatistics(split.logprobs, split.entropy, split.top1)
         return found if share is None else TokenStatistics(*(share.gather(one[None])[0] for one in found))
 
     def _shared_out(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, RowShare | None]:
@@ -283,6 +298,24 @@ class Transformer(nn.Module):
         targets = targets[share.places]
         targets[share.num_real :] = _NO_TARGET
         return hidden[share.places], targets, share
+
+    def _split_statistics(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        group: TensorGroup,
+        *,
+        temperature: float = 1.0,
+        vocab_size: int | None = None,
+    ) -> SplitStatistics:
+        """What the logits of all ranks say, of whose tokens of the vocabulary this one has some."""
+        states, weight = self.head_inputs(hidden)
+        first = group.first(self.config.vocab_size)
+        weight = weight if vocab_size is None else weight[: max(0, vocab_size - first)]
+        return split_token_statistics(
+            group.entering(states), weight, targets,
+            group=group.group, size=group.size, first=first, temperature=temperature, softcap=self.softcap,
+        )  # fmt: skip
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """Of figures (B, T, …) of tokens those that this rank computes: all, but where ranks share rows."""

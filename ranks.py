@@ -37,7 +37,8 @@ class Ranks:
 
     sharing: how many ranks, neighbours, work on each micro-batch together (context and tensor parallelism). Whoever divides
     samples, or adds up what was found of them, does so as `data` says; whoever means processes, as in drawing answers, in
-    agreeing on a signal and in what a user's hooks see, does without.
+    agreeing on a signal and in what a user's hooks see, does without. Each of those that share one has its whole loss, which
+    counts once: where gradients are averaged over all ranks, it is times data.world_size that undoes it.
     alike, place: of `data` alone: how many processes are this one rank, and which of them this is.
     restarted: torchrun has started the ranks before; the same on all of them.
     """

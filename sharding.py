@@ -55,6 +55,7 @@ def is_part(tensor: Tensor) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether weights are gathered for a pass, which is then one of all ranks (FSDP2, ZeRO)."""
     return bool(_sharded_modules(model)) or ZERO in vars(model)
 
 
@@ -73,6 +74,30 @@ def held(parameter: Tensor) -> Tensor:
             return parameter.detach().clone()
 
     return Deferred.like(torch.empty(shape, dtype=parameter.dtype, device="meta"), build)
+
+
+def has_parts(model: nn.Module) -> bool:
+    """Whether ranks hold parts of the model, gathered for a pass or not, so that it takes all of them to save it."""
+    return ZERO in vars(model) or any(is_part(parameter) for parameter in model.parameters())
+
+
+def alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors, those together that are shared out over the same ranks: one operation takes no others at once."""
+    found: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(mesh_of(tensor), []).append(tensor)
+    return list(found.values())
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """Over which ranks a tensor is shared out: a DeviceMesh, or None."""
+    return tensor.device_mesh if is_part(tensor) else None  # type: ignore[attr-defined]
+
+
+def norm_of_all(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of all tensors together, with the parts of all ranks, on each of them; every rank calls it."""
+    norms = [whole(torch.nn.utils.get_total_norm(some)) for some in alike(tensors)]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 def gives_up_blocks(model: nn.Module) -> bool:
@@ -114,23 +139,51 @@ def gathered(model: nn.Module) -> Iterator[None]:
         with vars(model)[ZERO].gathered():
             yield
         return
-    sharing: dict[Any, Any] = {module: module.context for module in model.modules() if hasattr(module, "context")}
-    for module in sharing:
-        module.context = None
     modules = _sharded_modules(model)
     if modules:  # all of one root, though a part of it, such as PPO's policy, may be the first to compute
         modules[0]._get_fsdp_state()._lazy_init()
     for module in modules:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
+    put_back = _stand_alone(model)
     try:
         yield
     finally:
+        put_back()
         for module in modules:
             module.set_reshard_after_forward(module.reshards, recurse=False)
             module.reshard()
-        for module, context in sharing.items():
-            module.context = context
+
+
+def _stand_alone(model: nn.Module) -> Callable[[], None]:
+    """Let the model share neither rows nor matrices with other ranks. Returns what puts all back."""
+    groups = [
+        (module, name, value)
+        for module in model.modules()
+        for name in ("context", "group")
+        if (value := getattr(module, name, None)) is not None
+    ]
+    parts = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_part(parameter)
+    ]
+    wholes: dict[int, nn.Parameter] = {}  # of what is tied, one
+    for parameters, name, parameter in parts:
+        if id(parameter) not in wholes:
+            wholes[id(parameter)] = nn.Parameter(whole(parameter.detach()), requires_grad=False)
+        parameters[name] = wholes[id(parameter)]
+    for module, name, _ in groups:
+        setattr(module, name, None)
+
+    def put_back() -> None:
+        for parameters, name, parameter in parts:
+            parameters[name] = parameter
+        for module, name, value in groups:
+            setattr(module, name, value)
+
+    return put_back
 
 
 def in_step(batches: Iterable[T], model: nn.Module, ranks: Ranks, idle: Callable[[], T]) -> Iterator[tuple[T, bool]]:

@@ -32,7 +32,7 @@ from generation.sampling import stream_text
 from kernels.attention_backends import describe_attention
 from layers import use_fp8
 from ranks import Ranks, start_ranks, stop_ranks, unwrap
-from sharding import ZERO, gathered, padded, whole
+from sharding import ZERO, alike, gathered, norm_of_all, padded
 from stages.build import Stage, StageData, build_stage, can_be_ahead, open_stage_data
 from stages.classify import Classify
 from stages.custom_loss import choose_loss
@@ -146,7 +146,7 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
 
     # ------------------------------------------------------------------------------------------------------------- plan
     shape = shape_of(config, base_shape, data.tokenizer, data.max_length, data.num_new_tokens)
-    shard = sharding_of(config, ranks)
+    shard = sharding_of(config, ranks, shape)
     sizes = example_sizes(config, data.train)
 
     def planned(config: TrainConfig) -> RunPlan:
@@ -325,8 +325,7 @@ class Run:
             with gradient_sync(self.model, enabled=index == len(passes) - 1 and not defers_sync(self)):
                 with self.precision.autocast(self.ranks.device):
                     loss, metrics = self.loss(self.model, batch.to(self.ranks.device))
-                # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone, but for
-                # that by the ranks of one micro-batch, of which each has the whole loss
+                # gradients are averaged over ranks; the mean wanted is over tokens, so that division is undone (ranks.py)
                 (loss * (self.scaler.scale * (counts * self.ranks.data.world_size / total_weight))).backward()
             for name, (value, weight) in metrics.items() if counts else ():
                 sums[name] = (sums[name][0] + value, sums[name][1] + weight) if name in sums else (value, weight)
@@ -364,10 +363,11 @@ class Run:
             return grad_norm
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler.enabled:
-            torch._foreach_mul_(gradients, (1.0 / self.scaler.scale).to(gradients[0].device))
-        grad_norm = whole(torch.nn.utils.get_total_norm(gradients)).to(self.ranks.device)
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, grad_norm)
+            for some in alike(gradients):
+                torch._foreach_mul_(some, (1.0 / self.scaler.scale).to(gradients[0].device))
+        grad_norm = norm_of_all(gradients).to(self.ranks.device)
+        for some in alike(self.parameters) if self.config.grad_clip else ():
+            torch.nn.utils.clip_grads_with_norm_(some, self.config.grad_clip, grad_norm)
         # a step without a finite gradient is left out on the device: weights and optimizer state keep their bits
         counts = finite = torch.isfinite(grad_norm)
         if self.guard:

@@ -32,6 +32,7 @@ from kernels.rms_norm import rms_norm
 from layers import RMSNorm
 from model import Transformer
 from ranks import unwrap
+from tensor_parallel import TensorGroup, own
 
 # the linear layers of a block that adapters and NF4 may have, by the model's own names
 BLOCK_LINEARS = (
@@ -137,7 +138,13 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and its adapters, by name; those in `active` are added, in that order."""
+    """A frozen linear layer and its adapters, by name; those in `active` are added, in that order.
+
+    group, sums: as those of layers.Linear.
+    """
+
+    group: TensorGroup | None = None
+    sums = False
 
     read_in_a_pass = ("active", "training", "token_keys")  # kernels/recompute.py
 
@@ -180,7 +187,7 @@ class LoraLinear(nn.Module):
         return self._adapters(self.stored)
 
     def _adapters(self, names: Iterable[str]) -> list[Adapter]:
-        return [Adapter(self.lora_A[name], self.lora_B[name], self.scales[name]) for name in names]
+        return [Adapter(own(self.lora_A[name]), own(self.lora_B[name]), self.scales[name]) for name in names]
 
     def take_path(self, path: str) -> None:
         """Compute in this way from now on. For "augmented" the weight moves into a buffer that holds B too."""
@@ -218,7 +225,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._without_bias(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.group is not None and self.sums:
+            y = self.group.leaving(y)
+        return y if self.bias is None else y + own(self.bias).to(y.dtype)
 
     def _without_bias(self, x: Tensor) -> Tensor:
         dropouts = {self.dropouts[name] for name in self.active} if self.training else set()
@@ -233,7 +242,7 @@ class LoraLinear(nn.Module):
             return nf4_linear(x, self.nf4_weight(), self.adapters(), implementation=self.implementation)
         path = "torch" if self.path == "augmented" and self.active != self.stored else self.path
         return lora_linear(
-            x, self.weight, self.adapters(), dropout=dropout, keys=self._keys(), path=path, augmented=self.augmented
+            x, own(self.weight), self.adapters(), dropout=dropout, keys=self._keys(), path=path, augmented=self.augmented
         )  # fmt: skip
 
     def _keys(self) -> tuple[Tensor, int] | None:
@@ -264,7 +273,7 @@ class LoraLinear(nn.Module):
     def _frozen_product(self, x: Tensor) -> Tensor:
         if self.quantised:
             return nf4_linear(x, self.nf4_weight(), implementation=self.implementation)
-        return linear(x, self.weight)
+        return linear(x, own(self.weight))
 
     def _stretch(self, name: str) -> Tensor:
         """m / |row of W + scale · B A| (out,) fp32. The length is a constant to the gradient (section 4.3 of DoRA)."""

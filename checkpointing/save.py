@@ -48,7 +48,7 @@ from checkpointing.save_folder import (
 from checkpointing.tensors import model_tensors, optimizer_names, optimizer_tensors, rng_state
 from paths import is_plain_name
 from ranks import unwrap
-from sharding import is_sharded
+from sharding import has_parts
 
 MAX_SHARD_BYTES = 5_000_000_000  # where Hugging Face tools split
 Files = dict[str, Iterable[bytes | memoryview]]  # by name, each as its bytes piece by piece
@@ -187,7 +187,7 @@ def collect(
         Path(save_dir), step, small_files, weights=model_tensors(inner) if adapter is None else {},
         large_files={**(adapter or {}), **(beside or {}), OPTIMIZER: optimizer_state},
         retention=Retention(keep_checkpoints, keep_every, keep_optimizer),
-        max_shard_bytes=max_shard_bytes, in_parts=is_sharded(model),
+        max_shard_bytes=max_shard_bytes, in_parts=has_parts(model),
     )  # fmt: skip
 
 

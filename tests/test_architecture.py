@@ -13,6 +13,7 @@ LAYERS = [
     {"errors"},
     {"arguments", "paths", "limits", "ranks"},
     {"sharding", "context"},
+    {"tensor_parallel"},
     {"kernels"},
     {"families"},
     {"model_config"},

@@ -33,15 +33,23 @@ SIZES = (
     "--hidden_size 32 --num_layers 2 --num_heads 2 --batch_size 6 --learning_rate 3e-3 --log_interval 1 --device cpu"
 )
 WAYS = {
-    "one rank": (1, "--context_parallel 1"),
-    "ddp": (2, "--context_parallel 1"),
+    "one rank": (1, ""),
+    "ddp": (2, ""),
     "context": (2, "--context_parallel 2"),
     "contexts": (4, "--context_parallel 2 --strategy fsdp"),
-    "fsdp": (2, "--strategy fsdp --micro_batch_size 2 --context_parallel 1"),
+    "tensor": (2, "--tensor_parallel 2"),
+    "tensors": (4, "--tensor_parallel 2 --micro_batch_size 2"),
+    "tensors of fsdp": (4, "--tensor_parallel 2 --strategy fsdp"),
+    "tensors of contexts": (4, "--tensor_parallel 2 --context_parallel 2"),
+    "fsdp": (2, "--strategy fsdp --micro_batch_size 2"),
     "fsdp of 3": (3, "--strategy fsdp --no-reshard_after_forward"),
     "two copies": (4, "--strategy fsdp --shard_size 2"),
     "offloaded": (2, "--strategy fsdp --offload all"),
 }
+
+
+# a checkpoint's options go with it, so who goes on from it says what it does not share
+NOT_SHARED = "--context_parallel 1 --tensor_parallel 1"
 
 
 def build(rank: int, world_size: int, words: str, save_dir: Path) -> Run:
@@ -76,11 +84,13 @@ def whole(tiny_data, tmp_path_factory) -> tuple[str, Path]:
     return words, save_dir
 
 
-@pytest.mark.parametrize("way", grid([way for way in WAYS if way != "one rank"], ["fsdp", "contexts"]))
+@pytest.mark.parametrize(
+    "way", grid([way for way in WAYS if way != "one rank"], ["fsdp", "contexts", "tensors of fsdp"])
+)
 def test_a_run_learns_the_same_and_leaves_the_same_files(way, whole, tmp_path):
     words, reference = whole
     world_size, flags = WAYS[way]
-    run_ranks(trained, world_size, f"{words} {flags}", tmp_path)
+    run_ranks(trained, world_size, f"{words} {NOT_SHARED} {flags}", tmp_path)
     expected = losses(reference)
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-5) and len(expected) == 6
     for step in (3, 6):
@@ -97,19 +107,25 @@ def test_a_run_learns_the_same_and_leaves_the_same_files(way, whole, tmp_path):
 
 
 PAIRS = [(writer, reader) for writer in WAYS for reader in WAYS if "fsdp" in (writer, reader) or writer == reader]
-PAIRS += [("contexts", "one rank")]
+PAIRS += [
+    ("contexts", "one rank"),
+    ("tensors", "tensors"),
+    ("tensors of contexts", "tensor"),
+    ("tensors of fsdp", "ddp"),
+]
 
 
 @pytest.mark.parametrize(
-    ("writer", "reader"), grid(PAIRS, [("fsdp", "one rank"), ("ddp", "fsdp"), ("fsdp", "context")])
+    ("writer", "reader"),
+    grid(PAIRS, [("fsdp", "one rank"), ("ddp", "fsdp"), ("fsdp", "context"), ("tensors of fsdp", "ddp")]),
 )
 def test_a_checkpoint_of_any_way_goes_on_in_any_other(writer, reader, whole, tmp_path):
     words, reference = whole
     world_size, flags = WAYS[writer]
-    run_ranks(trained, world_size, f"{words} {flags}", tmp_path)
+    run_ranks(trained, world_size, f"{words} {NOT_SHARED} {flags}", tmp_path)
     shutil.rmtree(tmp_path / "checkpoint_step_6")
     world_size, flags = WAYS[reader]
-    run_ranks(trained, world_size, f"{words} {flags} --checkpoint latest", tmp_path)
+    run_ranks(trained, world_size, f"{words} {NOT_SHARED} {flags} --checkpoint latest", tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-5)
 
 
@@ -130,7 +146,8 @@ def test_each_rank_holds_its_part_as_the_plan_says(tiny_data, tmp_path):
     ((weights, states, _),) = run_ranks(shares, 1, words, tmp_path / "one")
     parts = run_ranks(shares, 2, f"{words} --strategy fsdp", tmp_path / "two")
     assert sum(part[0] for part in parts) == weights and sum(part[1] for part in parts) == states
-    for of_weights, of_states, plan in parts:
+    split = run_ranks(shares, 2, f"{words} --tensor_parallel 2", tmp_path / "split")
+    for of_weights, of_states, plan in parts + split:
         assert plan["weights (fp32)"] == pytest.approx(of_weights, rel=0.02)
         assert plan["optimizer state (fp32)"] == pytest.approx(of_states, rel=0.02)
 
@@ -172,7 +189,7 @@ def test_a_group_that_does_not_divide_the_ranks_is_refused(tiny_data, tmp_path):
 
 def test_ranks_that_cannot_share_rows_are_refused(tiny_data, tmp_path):
     words = f"--data_dir {tiny_data} {SIZES} --max_steps 2 --context_parallel 2"
-    wanted = "--context_parallel 2 does not divide the number of ranks, 3: give one that does, or 1"
+    wanted = "--context_parallel 2 does not divide the number of ranks, 3: give what does, or 1"
     assert refused(0, 3, words, tmp_path) == wanted
     wanted = (
         "--attention varlen is not for --context_parallel, whose queries are a part of a row: choose auto, sdpa or flex"
@@ -180,6 +197,28 @@ def test_ranks_that_cannot_share_rows_are_refused(tiny_data, tmp_path):
     assert refused(0, 2, f"{words} --attention varlen", tmp_path) == wanted
     words = words.replace("--batch_size 6", "--batch_size 1")
     assert refused(0, 4, words, tmp_path) == "--batch_size 1 is smaller than the number of groups of 2 ranks, 2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (
+            "--optimizer adafactor",
+            "--optimizer adafactor is not for --tensor_parallel: choose adamw, muon, lion, sgd, or give 1",
+        ),
+        ("--ema 0.9", "--ema is not for --tensor_parallel: leave it out, or give 1"),
+        (
+            "--context_parallel 2",
+            "--context_parallel 2 times --tensor_parallel 2 does not divide the number of ranks, 2",
+        ),
+        ("--num_heads 1", "--tensor_parallel 2 does not divide the model's 1 attention heads: give a number that does"),
+        ("--model mixtral", "--tensor_parallel 2 is not for mixtures of experts"),
+        ("--model gpt2", "--tensor_parallel 2 is not for a gpt2, which has several matrices in one"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(flags, wanted, tiny_data, tmp_path):
+    words = f"--data_dir {tiny_data} {SIZES} --max_steps 2 --tensor_parallel 2 {flags}"
+    assert refused(0, 2, words, tmp_path).startswith(wanted)
 
 
 @pytest.mark.parametrize("optimizer", grid(["adamw", "lion", "sgd"], ["lion"]))

@@ -103,11 +103,11 @@ def _table(
     config.validate(data_needed=False)
     named = [name for name, origin in origins.items() if origin in ("command line", "config file")]
     refuse_unread(config, named if own is None else own)
-    if world_size < 1 or world_size % config.context_parallel:
+    if world_size < 1 or world_size % (size := config.ranks_of_a_batch):
         raise UserError(
-            f"--world_size must be a multiple of --context_parallel {config.context_parallel}, and is {world_size}"
+            f"--world_size must be a multiple of the {config.ranks_of_a_batch} ranks that share a row, and is {world_size}"
         )
-    if (groups := world_size // config.context_parallel) > config.batch_size:
+    if (groups := world_size // size) > config.batch_size:
         raise UserError(f"--world_size must lie between 1 and --batch_size {config.batch_size}, and is {groups}")
     start = _start(config, before)
     data = _windows(config, start.shape) if config.on_text else _examples(config, start)

@@ -124,8 +124,9 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             raise UserError(
                 f"--micro_batch_size auto is not for --stage {self.stage}, whose answers differ in length: give a number"
             )
-        if self.strategy != "ddp" or self.context_parallel > 1:
-            named = "--context_parallel" if self.strategy == "ddp" else f"--strategy {self.strategy}"
+        if self.strategy != "ddp" or self.ranks_of_a_batch > 1:
+            shared = "--context_parallel" if self.context_parallel > 1 else "--tensor_parallel"
+            named = shared if self.strategy == "ddp" else f"--strategy {self.strategy}"
             raise UserError(
                 f"--micro_batch_size auto is not for {named}: a rank out of memory would leave the others waiting for its part; "
                 "give a number"
@@ -144,13 +145,27 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             )
         if self.strategy == "deepspeed":
             self._check_deepspeed()
-        if self.strategy != "fsdp":
+        if self.strategy != "fsdp" and self.tensor_parallel == 1:
             return
+        way, otherwise = (
+            ("--strategy fsdp", "use ddp") if self.tensor_parallel == 1 else ("--tensor_parallel", "give 1")
+        )
         if self.optimizer_file or self.optimizer not in SHARDED_OPTIMIZERS:
             named = "--optimizer_file" if self.optimizer_file else f"--optimizer {self.optimizer}"
-            raise UserError(f"{named} is not for --strategy fsdp: choose {', '.join(SHARDED_OPTIMIZERS)}, or ddp")
+            raise UserError(f"{named} is not for {way}: choose {', '.join(SHARDED_OPTIMIZERS)}, or {otherwise}")
         if self.ema is not None:
-            raise UserError("--ema is not for --strategy fsdp: leave it out, or use ddp")
+            raise UserError(f"--ema is not for {way}: leave it out, or {otherwise}")
+        if self.tensor_parallel == 1:
+            return
+        for flag, given in (
+            ("--load_in_4bit", self.load_in_4bit), ("--dora", self.dora), ("--lora_dropout", self.lora_dropout),
+            ("--add_chat_tokens", self.lora and self.add_chat_tokens), ("--loss_file", self.loss_file),
+            ("--mixed_precision fp8", self.mixed_precision == "fp8"),
+        ):  # fmt: skip
+            if given:
+                raise UserError(
+                    f"{flag} is not for --tensor_parallel, of whose ranks each has a part of a layer: leave one out"
+                )
 
     def _check_deepspeed(self) -> None:
         """UserError for what DeepSpeed's engine, or what is made of it here, cannot do."""
@@ -168,6 +183,7 @@ class TrainConfig(  # from the last to the first: so a dataclass gathers its fie
             (self.mixed_precision == "fp8", "--mixed_precision fp8", "use bf16, or --strategy fsdp"),
             (self.spike_guard is not None, "--spike_guard", "whose verdict it would not wait for: use fsdp"),
             (self.context_parallel > 1, "--context_parallel", "use --strategy fsdp"),
+            (self.tensor_parallel > 1, "--tensor_parallel", "use --strategy fsdp"),
             (self.activation_checkpointing != "none", "--activation_checkpointing", "use --strategy fsdp"),
             (self.async_checkpoint, "--async_checkpoint", "leave it out, or use fsdp"),
             (self.lora and self.add_chat_tokens, "--lora with --add_chat_tokens", "use --strategy fsdp"),

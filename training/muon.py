@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         """Those of this rank's batch. Of sharded matrices all ranks put all directions together, one batch after another."""
         mine = None
         for place, batch in enumerate(shared):
-            if place == rank or is_part(batch[0]):
+            if place == rank or any(map(is_part, batch)):
                 directions = torch.stack([self._direction(parameter, momentum) for parameter in batch])
                 mine = directions if place == rank else mine
         return mine

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from sharding import mesh_of
 from training.adafactor import ADAFACTOR
 from training.adamw8bit import ADAMW_8BIT
 from training.muon import Muon
@@ -109,13 +110,13 @@ def parameter_groups(
     num_layers = 1 + max(
         (layer for name, _ in model.named_parameters() if (layer := _layer(name)) is not None), default=-1
     )
-    found: dict[tuple[str, float], list[nn.Parameter]] = {}
+    found: dict[tuple[str, float, Any], list[nn.Parameter]] = {}
     roles = parameter_roles(model)
     for role in (HIDDEN, OTHER, UNDECAYED):
         for name, parameter in model.named_parameters():
             if roles.get(name) == role:
                 factor = layer_lr_decay ** depth_from_top(name, num_layers)
-                found.setdefault((role, factor), []).append(parameter)
+                found.setdefault((role, factor, mesh_of(parameter)), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -124,7 +125,7 @@ def parameter_groups(
             "lr": learning_rate * factor,
             "base_lr": learning_rate * factor,
         }
-        for (role, factor), parameters in found.items()
+        for (role, factor, _), parameters in found.items()
     ]
 
 

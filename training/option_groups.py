@@ -455,11 +455,17 @@ class HardwareOptions:
     strategy: str = option("how several ranks hold the model: ddp (each has all of it), fsdp (each has a part of weights, gradients and optimizer state), deepspeed (as --deepspeed says) or accelerate (as the config of `accelerate launch` says, which is read in any case)", "ddp", choices=STRATEGIES)
     deepspeed: str | None = option("DeepSpeed's config, a JSON file; means --strategy deepspeed (docs/launchers.md)", None, read_by=Runs("--strategy deepspeed", lambda c: c.strategy == "deepspeed"))
     context_parallel: int = option("neighbouring ranks that share the tokens of each row, for rows longer than one device holds; the ranks are a multiple of it", 1, bound=POSITIVE)
+    tensor_parallel: int = option("neighbouring ranks that share the matrices of each block, by heads and channels, and the vocabulary; the ranks are a multiple of it, times --context_parallel", 1, bound=POSITIVE)
     shard_size: int | None = option("ranks that share one copy of the model, which divide the number of ranks (default: all of them)", None, bound=POSITIVE, read_by=SHARDED)
     reshard_after_forward: bool = option("a block's weights are given up after its forward pass, and gathered again for its backward pass", True, read_by=SHARDED)
     offload: str = option("none, or all: weights, gradients and optimizer state lie in the host's memory, which updates them", "none", choices=("none", "all"), read_by=SHARDED)
     profile: int | None = option("write a Chrome trace and a table by operator of so many steps to --save_dir/profile, after the first few", None, bound=POSITIVE)
     peak_tflops: float | None = option("peak dense TFLOP/s of one device in the precision used, for MFU on a device that groundup does not know", None, bound=POSITIVE)
+
+    @property
+    def ranks_of_a_batch(self) -> int:
+        """How many ranks work on each micro-batch together."""
+        return self.context_parallel * self.tensor_parallel
 
     def check_hardware(self) -> None:
         """UserError for activations to keep that are neither named nor a share."""

@@ -5,10 +5,12 @@ fsdp    each has a part of every weight, of its gradient and of its optimizer st
         the time that it computes (Zhao et al. 2023, https://arxiv.org/abs/2304.11277; in torch as FSDP2)
 deepspeed   as its config says, once there is an optimizer (training/deepspeed.py)
 
-Under either, neighbouring ranks may share the tokens of each row (context.py): they are one to whom samples are divided.
+Under either, neighbouring ranks may share the matrices of each block and the vocabulary (tensor_parallel.py), and the tokens of
+each row (context.py). Those that share either are one to whom samples are divided.
 
-The order in which a model is changed is fixed here: sharded, where it starts on no device before it has weights, else when
-it has them; told with whom it shares rows and which activations to keep; compiled in place; wrapped in DDP.
+The order in which a model is changed is fixed here: its matrices split, then sharded, where it starts on no device before it
+has weights, else when it has them; told with whom it shares rows and which activations to keep; compiled in place; wrapped in
+DDP.
 """
 
 import contextlib
@@ -21,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from context import Context
@@ -28,19 +31,21 @@ from errors import UserError
 from kernels.recompute import share_kept, ways
 from layers import Block
 from model import Transformer
+from model_config import ModelConfig
 from ranks import Ranks
-from sharding import ZERO, gives_up_blocks, is_sharded
+from sharding import ZERO, gives_up_blocks, has_parts, is_part, is_sharded
 from training.config import TrainConfig
 from training.deepspeed_json import read_settings, stage_of
+from training.splitting import check_splits, split_matrices
 
 
 def grouped(ranks: Ranks, config: TrainConfig) -> Ranks:
     """The ranks, of which as many work on each micro-batch as the options say. UserError where they or the batch do not do."""
-    size = config.context_parallel
+    size = config.ranks_of_a_batch
     if ranks.world_size % size:
-        raise UserError(
-            f"--context_parallel {size} does not divide the number of ranks, {ranks.world_size}: give one that does, or 1"
-        )
+        flags = (("--context_parallel", config.context_parallel), ("--tensor_parallel", config.tensor_parallel))
+        given = " times ".join(f"{flag} {number}" for flag, number in flags if number > 1)
+        raise UserError(f"{given} does not divide the number of ranks, {ranks.world_size}: give what does, or 1")
     ranks = dataclasses.replace(ranks, sharing=size)
     if config.batch_size < ranks.data.world_size:
         those = "ranks" if size == 1 else f"groups of {size} ranks"
@@ -51,39 +56,82 @@ def grouped(ranks: Ranks, config: TrainConfig) -> Ranks:
 
 
 def share_rows(model: nn.Module, ranks: Ranks, size: int) -> None:
-    """Let `size` neighbouring ranks share the rows of the model, and of each part of it that is one."""
+    """Let `size` ranks share the rows of the model, and of each part of it that is one; of those of one micro-batch, others
+    share its matrices."""
     if size == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("data", "context"))
-    context = Context(mesh["context"].get_group().group_name, size, ranks.rank % size)
+    shape = ranks.world_size // ranks.sharing, size, ranks.sharing // size
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("data", "context", "matrices"))["context"]
+    context = Context(mesh.get_group().group_name, size, mesh.get_local_rank())
     for module in model.modules():
         if isinstance(module, Transformer):
             module.context = context
 
 
-def shard_model(
-    model: nn.Module, ranks: Ranks, *, shard_size: int | None, reshard_after_forward: bool, offload: str
-) -> None:
-    """Leave each rank a part of every parameter, in place. The model may be on the meta device, and is then without weights.
+def sharding_of(config: TrainConfig, ranks: Ranks, shape: ModelConfig) -> Callable[[nn.Module], None] | None:
+    """What leaves each rank its part of a model of this shape, as the options ask for it, or None where it is whole on each.
+    UserError."""
+    if config.strategy == "deepspeed":  # which shares it out with its optimizer (training/loading.py, make_optimizers)
+        return (lambda model: None) if ranks.world_size > 1 else None
+    if config.tensor_parallel > 1:
+        check_splits(shape, config.tensor_parallel)
+    data = ranks.world_size // config.tensor_parallel
+    sharded = config.strategy == "fsdp" and data > 1
+    if sharded and data % (config.shard_size or 1):
+        raise UserError(
+            f"--shard_size {config.shard_size} does not divide the number of ranks, {ranks.world_size}"
+            + (f", over --tensor_parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else "")
+        )
+    return partial(share_out, config=config, ranks=ranks) if sharded or config.tensor_parallel > 1 else None
 
-    shard_size: how many ranks share one copy of the model; each group of so many has a copy of its own (HSDP). Gradients
-    are reduced in fp32. What the blocks have not, embedding, head and last norm, stays gathered from the forward pass to
-    the end of the backward pass, as the loss reads the head's weight beside the model's forward. offload: "all" keeps
-    parts, gradients and optimizer state in the host's memory.
+
+def share_out(model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
+    """Leave each rank its part of the model, in place: of the matrices that neighbours share, then of every parameter. The
+    model may be on the meta device, and is then without weights.
+
+    Gradients of ranks that have the same part are averaged by FSDP, or where there is none by `gradient_sync`.
     """
     from torch.distributed.device_mesh import init_device_mesh
+
+    size, kind = config.tensor_parallel, ranks.device.type
+    data = ranks.world_size // size
+    sharded = config.strategy == "fsdp" and data > 1
+    parts = (config.shard_size or data) if sharded else 1
+    mesh = init_device_mesh(kind, (data // parts, parts, size), mesh_dim_names=("copies", "parts", "matrices"))
+    if size > 1:
+        split_matrices(model, mesh["matrices"])
+    if sharded:
+        shard_model(
+            model, mesh["parts"] if data == parts else mesh["copies", "parts"],
+            reshard_after_forward=config.reshard_after_forward, offload=config.offload,
+        )  # fmt: skip
+        return
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.to(ranks.device)
+    if data > 1:
+        model.averaged_over = mesh["copies"].get_group()  # type: ignore[assignment]
+
+
+def shard_model(model: nn.Module, mesh: Any, *, reshard_after_forward: bool, offload: str) -> None:
+    """Leave each rank of `mesh`, of (copies, parts) or parts alone, a part of every parameter, in place.
+
+    Ranks of one row of the mesh share one copy of the model; each row has a copy of its own (HSDP). Gradients are reduced in
+    fp32. What the blocks have not, embedding, head and last norm, stays gathered from the forward pass to the end of the
+    backward pass, as the loss reads the head's weight beside the model's forward. offload: "all" keeps parts, gradients and
+    optimizer state in the host's memory.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    size, kind = shard_size or ranks.world_size, ranks.device.type
-    copies = ranks.world_size // size
-    mesh = init_device_mesh(kind, (copies, size), mesh_dim_names=("copies", "parts"))
+    size = mesh.size(-1)
     settings: dict[str, Any] = {
-        "mesh": mesh if copies > 1 else mesh["parts"],
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
         "shard_placement_fn": lambda parameter: _placement(parameter, size),
-        "offload_policy": CPUOffloadPolicy(pin_memory=kind == "cuda") if offload == "all" else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        if offload == "all"
+        else OffloadPolicy(),
     }
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for module in (*blocks, model):
@@ -96,49 +144,43 @@ def shard_model(
         module.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
 
 
-def sharding_of(config: TrainConfig, ranks: Ranks) -> Callable[[nn.Module], None] | None:
-    """`shard_model` as the options ask for it, or None for a model that is whole on each rank. UserError."""
-    if config.strategy == "ddp" or ranks.world_size == 1:
-        return None
-    if config.strategy == "deepspeed":
-        return lambda model: (
-            None
-        )  # DeepSpeed shares it out together with its optimizer: training.loading.make_optimizers
-    if ranks.world_size % (config.shard_size or 1):
-        raise UserError(f"--shard_size {config.shard_size} does not divide the number of ranks, {ranks.world_size}")
-    return partial(
-        shard_model, ranks=ranks, shard_size=config.shard_size, reshard_after_forward=config.reshard_after_forward,
-        offload=config.offload,
-    )  # fmt: skip
-
-
 def describe_strategy(config: TrainConfig, ranks: Ranks) -> str:
     """One line for the start of a run."""
-    size = config.context_parallel
-    rows = f"; each {size} ranks share the tokens of a row" if size > 1 else ""
-    return _describe_weights(config, ranks) + rows
+    rows, matrices = config.context_parallel, config.tensor_parallel
+    shared = f"; each {matrices} share the matrices and the vocabulary" if matrices > 1 else ""
+    shared += f"; each {rows} {'ranks ' * (matrices == 1)}share the tokens of a row" if rows > 1 else ""
+    return _describe_weights(config, ranks.world_size // matrices) + shared
 
 
-def _describe_weights(config: TrainConfig, ranks: Ranks) -> str:
-    if ranks.world_size == 1:
+def _describe_weights(config: TrainConfig, world_size: int) -> str:
+    if world_size == 1 and config.tensor_parallel > 1:
+        return "all ranks hold one model"
+    if world_size == 1:
         return f"{config.strategy}: one rank has all of the model, and nobody to share it with"
     if config.strategy == "ddp":
         return "ddp: each rank has all of the model"
     if config.strategy == "deepspeed" and config.deepspeed:
         stage = stage_of(read_settings(config.deepspeed))
         shared = ["optimizer state", "gradients", "weights"][:stage]
-        return f"deepspeed, ZeRO {stage}: each rank has 1/{ranks.world_size} of the {', '.join(shared)}"
-    size = config.shard_size or ranks.world_size
+        return f"deepspeed, ZeRO {stage}: each rank has 1/{world_size} of the {', '.join(shared)}"
+    size = config.shard_size or world_size
     kept = "given up after its forward pass" if config.reshard_after_forward else "kept until its backward pass"
-    copies = f", {ranks.world_size // size} copies" if size < ranks.world_size else ""
+    copies = f", {world_size // size} copies" if size < world_size else ""
     offloaded = "; weights and optimizer state in the host's memory" if config.offload == "all" else ""
     return f"fsdp: each rank has 1/{size} of the weights{copies}; a block's are {kept}{offloaded}"
 
 
-def _placement(parameter: nn.Parameter, size: int):
+def _placement(parameter: Any, size: int) -> Any:
     """Along the rows; of stacked experts along what is inside one, so that each stays a tensor that can be taken alone."""
     from torch.distributed.tensor import Shard
 
+    if (
+        is_part(parameter)
+        and parameter.placements == (Shard(0),)
+        and parameter.ndim == 2
+        and parameter.shape[1] % size == 0
+    ):
+        return Shard(1)  # not the dimension that is split already
     if parameter.ndim < 3:
         return Shard(0)
     if parameter.shape[-1] % size:
@@ -166,7 +208,7 @@ def prepare_model(
         _compile_blocks(blocks, 1.0 if share is None else share)
     elif compile_model:
         model.compile()
-    if ranks.world_size == 1 or sharded:
+    if ranks.world_size == 1 or sharded or has_parts(model):
         return model
     # gradients live in DDP's buckets, which saves a copy of them; buffers (4-bit weights) never change
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -200,7 +242,8 @@ def loss_of(model: nn.Module, loss: Callable) -> Callable:
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Inside, a backward pass averages gradients over the ranks only if `enabled`: once a step, not once a micro-batch.
 
-    Where blocks are given up after their forward pass, their gradients are, too: each micro-batch's are averaged.
+    Where blocks are given up after their forward pass, their gradients are, too: each micro-batch's are averaged. Where ranks
+    share matrices and DDP, which knows of no parts, cannot be: all are averaged at the end.
     """
     if ZERO in vars(model):
         vars(model)[ZERO].accumulate(last=enabled)
@@ -213,6 +256,17 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
             yield
     else:
         yield
+    if enabled and (group := getattr(model, "averaged_over", None)) is not None:
+        average_gradients(model, group)
+
+
+def average_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Every gradient, or this rank's part of it, becomes the mean over the ranks of `group`, which have the same part."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    local = [gradient.to_local() if is_part(gradient) else gradient for gradient in gradients]  # type: ignore[attr-defined]
+    for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in local]:
+        work.wait()
+    torch._foreach_div_(local, float(group.size()))
 
 
 def settle_gradient_buckets(model: nn.Module, backward: Callable[[], object]) -> None:

@@ -153,7 +153,7 @@ def plan_run(
     longest_prompt: of those that answers are drawn to; None takes what max_length leaves. judge_over_base: whether
     --reward_model is an adapter over the model that is trained, and so costs next to nothing.
     """
-    rows = -(-config.batch_size // (world_size // config.context_parallel))
+    rows = -(-config.batch_size // (world_size // config.ranks_of_a_batch))
     micro_batch_size = min(config.micro_batch_size or rows, rows)
     sequences = sequences_per_example(config)
     tokens = tokens_per_example or float(sequences * max_length)
@@ -286,15 +286,18 @@ def _memory(
     if config.resolved_ema is not None:
         memory["weights' average (fp32)"] = 4.0 * averaged
     rows, tokens = tokens, -(-tokens // config.context_parallel)
+    split = config.tensor_parallel
     memory["activations"] = tokens * _activation_bytes(config, model, models, width)
     if config.context_parallel > 1:
-        keys_values = 2 * model.num_key_value_heads * model.head_dim * width
+        keys_values = 2 * model.num_key_value_heads * model.head_dim * width / split
         memory["keys and values of whole rows"] = float(models * rows * model.num_hidden_layers * keys_values)
     if config.stage not in _SCORERS:
         chunk = max(CUDA_CHUNK_BYTES if half else CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * 4 * model.vocab_size)
-        head_gradient = 0.0 if config.lora else 4.0 * model.vocab_size * model.hidden_size
+        head_gradient = 0.0 if config.lora else 4.0 * model.vocab_size * model.hidden_size / split
         told = tokens * (mask_probability(config, model.family) if config.stage == "mlm" else 1.0)
-        memory["loss (one chunk of logits)"] = min(told * model.vocab_size * 4, chunk) * _LOSS_CHUNKS + head_gradient
+        memory["loss (one chunk of logits)"] = (
+            min(told * model.vocab_size * 4 / split, chunk) * _LOSS_CHUNKS + head_gradient
+        )
     if half and not config.lora:
         memory[_COPIES] = 2.0 * learning
     if not config.lora and (config.stage == "ppo" or (config.stage == "grpo" and config.kl_coefficient)):
@@ -310,15 +313,19 @@ def _memory(
 def _shared_out(
     config: TrainConfig, model: ModelConfig, world_size: int, half: bool, memory: dict[str, float]
 ) -> dict[str, float]:
-    """The memory of a rank that holds a part of what learns (--strategy fsdp), and gathers the rest for the time it computes.
+    """The memory of a rank that holds a part of what learns (--tensor_parallel; --strategy fsdp), and under fsdp gathers the rest
+    for the time it computes.
 
     Gathered are embedding, head and last norm, and two blocks, of which one waits; or, where they are not given up, all of them;
     as many gradients; and, to draw answers, all weights. NF4 layers are whole on every rank. DeepSpeed shares out what its
     stage says, and keeps a part of the weights a second time.
     """
-    if config.strategy == "ddp" or world_size == 1:
+    split = config.tensor_parallel  # norms are whole, which is little
+    world_size //= split
+    sharded = config.strategy != "ddp" and world_size > 1
+    if not sharded and split == 1:
         return memory
-    ranks = config.shard_size or world_size
+    ranks = split * (config.shard_size or world_size if sharded else 1)
     parts = ("gradients", "optimizer state", "adapters") + (() if config.load_in_4bit else ("weights",))
     if config.strategy == "deepspeed" and config.deepspeed:
         memory = memory | {"DeepSpeed's copy of its weights (fp32)": memory.get("weights (fp32)", 0.0) / ranks}
@@ -326,9 +333,12 @@ def _shared_out(
             parts = ("optimizer state", "gradients")[:stage]
             return {name: size / ranks if name.startswith(parts) else size for name, size in memory.items()}
     shared = {name: size / ranks if name.startswith(parts) else size for name, size in memory.items()}
-    copies = shared.pop(_COPIES, 0.0)
-    blocks = max(1, model.num_hidden_layers)
+    copies = shared.pop(_COPIES, 0.0) / split
     parameters = count_parameters(model)
+    if not sharded:
+        drawing = {"gathered weights": 4.0 * parameters.total} if config.stage in ("grpo", "ppo") else {}
+        return shared | ({_COPIES: copies} if copies else {}) | drawing
+    blocks = max(1, model.num_hidden_layers)
     whole, outside = parameters.total, parameters.embedding
     outside += 0 if model.tie_word_embeddings or model.head == "none" else _head_parameters(model)
     gathered = whole
@@ -336,17 +346,22 @@ def _shared_out(
         gathered = outside + min(2, blocks) * (whole - outside) // blocks
     width = 2 if half and config.lora else 4
     share = gathered / whole
+    gathered //= split
     return shared | {"gathered weights and gradients": gathered * float(width + 4 * (not config.lora)) + share * copies}
 
 
 def _activation_bytes(config: TrainConfig, model: ModelConfig, models: int, width: int) -> float:
     """A token, of the blocks: what is kept of all of them, and what of the one whose backward pass it is, is computed again."""
-    blocks, whole = models * model.num_hidden_layers, float(_kept_per_token(model) * width)
+    blocks, whole = models * model.num_hidden_layers, float(_kept_per_token(model, config.tensor_parallel) * width)
     # its input, the residual stream, which autocast leaves in fp32, and what is still to be added to it
     inputs = float(model.hidden_size * (width + (width if config.lora else 4)))
     share = share_kept(config.activation_checkpointing)
     if share is None:
-        kept = {"none": whole, "full": inputs, "selective": inputs + float(_products_per_token(model) * width)}
+        kept = {
+            "none": whole,
+            "full": inputs,
+            "selective": inputs + float(_products_per_token(model, config.tensor_parallel) * width),
+        }
         one = kept[config.activation_checkpointing]
     else:
         one = share * whole + (1 - share) * inputs
@@ -354,26 +369,29 @@ def _activation_bytes(config: TrainConfig, model: ModelConfig, models: int, widt
     return blocks * one + again
 
 
-def _products_per_token(model: ModelConfig) -> int:
-    """Values a token that the products and the attention of a block give, but for the last, which is the next block's input."""
+def _products_per_token(model: ModelConfig, split: int) -> int:
+    """Values a token that the products and the attention of a block give, but for the last, which is the next block's input.
+
+    split: --tensor_parallel.
+    """
     query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    kept = 2 * query + 2 * key_value + model.hidden_size
+    kept = (2 * query + 2 * key_value) // split + model.hidden_size
     if model.num_experts is None:
-        return kept + (2 if model.gated_mlp else 1) * model.intermediate_size
+        return kept + (2 if model.gated_mlp else 1) * model.intermediate_size // split
     assert model.experts_per_token is not None and model.expert_size is not None
     return kept + model.experts_per_token * (2 * model.expert_size + model.hidden_size)
 
 
-def _kept_per_token(model: ModelConfig) -> int:
-    """Values a token that autograd keeps for a block's backward pass, counted tensor by tensor."""
+def _kept_per_token(model: ModelConfig, split: int = 1) -> int:
+    """Values a token that autograd keeps for a block's backward pass, counted tensor by tensor. split: --tensor_parallel."""
     query, key_value = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     # norm inputs and outputs (2 + 2 widths), attention's output and residual, rotated and plain q and k, v; gate, up,
     # silu(gate), their product, or up and its activation; of experts, those that work on a token, and its copies for them
-    kept = 5 * model.hidden_size + 3 * query + 3 * key_value
+    kept = 5 * model.hidden_size + (3 * query + 3 * key_value) // split
     if model.norm_position == "both":
         kept += 2 * model.hidden_size
     if model.num_experts is None:
-        return kept + (4 if model.gated_mlp else 2) * model.intermediate_size
+        return kept + (4 if model.gated_mlp else 2) * model.intermediate_size // split
     assert model.experts_per_token is not None and model.expert_size is not None
     return kept + model.experts_per_token * (4 * model.expert_size + 3 * model.hidden_size)
 
@@ -471,7 +489,7 @@ def format_plan(plan: RunPlan, config: TrainConfig, model: ModelConfig, extra: d
         nouns = "answers"
     if config.next_sentence:
         nouns = "pairs"
-    sharing = config.context_parallel
+    sharing = config.ranks_of_a_batch
     ranks = (
         f"{plan.world_size} rank(s)" if sharing == 1 else f"{plan.world_size // sharing} group(s) of {sharing} ranks"
     )

@@ -190,6 +190,7 @@ SHARDED = {
     **STAGES,
     "experts": "--model mixtral --data_dir TEXT --hidden_size 32 --num_layers 2 --num_heads 2 --num_experts 4 --expert_size 48 "
     "--optimizer adamw --router_z_loss_coef 1e-3",
+    "sft with LoRA": "--stage sft --train_data chat.jsonl --lora",
     "gpt2 with dropout": "--model gpt2 --dropout 0.2 --data_dir TEXT --hidden_size 32 --num_layers 2 --num_heads 2",
 }  # fmt: skip
 QUICKLY_SHARDED = ("mlm of pairs", "experts", "sft with LoRA over NF4", "kto with LoRA", "ppo")
@@ -203,16 +204,24 @@ def test_a_step_is_the_same_where_ranks_hold_parts_of_the_model(stage, workshop,
 
 
 SHARING = [
-    "pretrain", "mlm of pairs", "sft with LoRA over NF4", "sft with dropout", "reward", "dpo with LoRA", "kto", "gspo",
+    "mlm of pairs", "sft with LoRA over NF4", "sft with dropout", "reward", "dpo with LoRA", "kto", "gspo",
     "grpo with LoRA", "ppo", "experts", "gpt2 with dropout",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", grid(SHARING, ["sft with dropout", "grpo with LoRA"]))
 def test_a_step_is_the_same_where_ranks_share_rows(stage, workshop, tmp_path):
-    """--context_parallel: two ranks with all rows in common, and two pairs of ranks that hold a quarter of the model each."""
-    ways = [(2, "--context_parallel 2 --micro_batch_size 2"), (4, "--context_parallel 2 --strategy fsdp")]
-    compare(stage, ways, workshop, tmp_path)
+    """--context_parallel: two pairs of ranks, and each rank holds a quarter of the model."""
+    compare(stage, [(4, "--context_parallel 2 --strategy fsdp --micro_batch_size 2")], workshop, tmp_path)
+
+
+SPLIT = ["mlm of pairs", "sft with LoRA", "reward", "dpo with LoRA", "kto", "grpo with LoRA", "ppo"]
+
+
+@pytest.mark.parametrize("stage", grid(SPLIT, ["sft with LoRA"]))
+def test_a_step_is_the_same_where_ranks_share_matrices(stage, workshop, tmp_path):
+    """--tensor_parallel: two pairs of ranks."""
+    compare(stage, [(4, "--tensor_parallel 2 --micro_batch_size 2")], workshop, tmp_path)
 
 
 def compare(stage: str, ways: list[tuple[int, str]], workshop: Path, tmp_path: Path) -> None:
