@@ -45,6 +45,11 @@ WAYS = {
     "fsdp of 3": (3, "--strategy fsdp --no-reshard_after_forward"),
     "two copies": (4, "--strategy fsdp --shard_size 2"),
     "offloaded": (2, "--strategy fsdp --offload all"),
+    # with what else acts on a step or a checkpoint
+    "ddp, guarded": (2, "--spike_guard 6 --async_checkpoint"),
+    "fsdp, guarded": (2, "--strategy fsdp --spike_guard 6 --async_checkpoint --activation_checkpointing full"),
+    "tensor, guarded": (2, "--tensor_parallel 2 --spike_guard 6 --async_checkpoint --activation_checkpointing full"),
+    "context, guarded": (2, "--context_parallel 2 --spike_guard 6 --activation_checkpointing selective"),
 }
 
 
