@@ -18,7 +18,7 @@ from training.stage_figures import Panel, StageFigures, shared_figures
 
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 _LINES = ("-", "--", ":")
-_NOTABLE_EVENTS = ("alert", "nan", "oom")
+_NOTABLE_EVENTS = ("alert", "nan", "spike", "oom")
 
 
 def plot_runs(runs: Sequence[RunHistory], path: str | os.PathLike) -> None:
