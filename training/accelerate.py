@@ -25,17 +25,15 @@ _SHARDING = {  # of FSDP version 1, by number and by name: (reshard_after_forwar
     "1": (True, False), "FULL_SHARD": (True, False), "2": (False, False), "SHARD_GRAD_OP": (False, False),
     "4": (True, True), "HYBRID_SHARD": (True, True), "5": (False, True), "HYBRID_SHARD_ZERO2": (False, True),
 }  # fmt: skip
+_SHARED = {"tensor_parallel": "TP", "context_parallel": "CP"}
 _REFUSED = {  # what must be off, or one of these values, with the reason
     "ACCELERATE_USE_MEGATRON_LM": (_FALSE, "Megatron-LM is not used here"),
     "FSDP_AUTO_WRAP_POLICY": ((*_FALSE, "transformer_based_wrap"), "what is gathered at once is always a block"),
     "FSDP_BACKWARD_PREFETCH": ((*_FALSE, "backward_pre", "1"), "the next block is always gathered during this one's"),
     "FSDP_FORWARD_PREFETCH": (_FALSE, "the order of a forward pass is FSDP2's own"),
-    "FSDP_ACTIVATION_CHECKPOINTING": (_FALSE, "activations are kept"),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (_FALSE, "activations stay on the device"),
     "FSDP_IGNORED_MODULES": (_FALSE, "all modules are shared out"),
-    "PARALLELISM_CONFIG_TP_SIZE": ((*_FALSE, "1"), "ranks share weights by FSDP alone"),
-    "PARALLELISM_CONFIG_CP_SIZE": ((*_FALSE, "1"), "each rank computes whole rows"),
-    "PARALLELISM_CONFIG_SP_SIZE": ((*_FALSE, "1"), "each rank computes whole rows"),
+    "PARALLELISM_CONFIG_SP_SIZE": ((*_FALSE, "1"), "rows are shared by --context_parallel (cp_size)"),
     "ACCELERATE_DYNAMO_BACKEND": ((*_FALSE, "inductor"), "--compile_model compiles with torch's inductor"),
     "ACCELERATE_DYNAMO_MODE": ((*_FALSE, "default"), "--compile_model compiles in torch's default mode"),
     "ACCELERATE_DYNAMO_USE_FULLGRAPH": (_FALSE, "graph breaks are no error here"),
@@ -97,7 +95,7 @@ def _common(environment: Mapping[str, str]) -> dict[str, Said]:
 def _fsdp(environment: Mapping[str, str]) -> dict[str, Said]:
     """The FSDP plugin's settings, of version 1 or 2. Those of how Accelerate starts and saves a model are not needed."""
     name = "FSDP_RESHARD_AFTER_FORWARD"
-    shard_size = None
+    shard_size, sizes = None, {}
     if environment.get("FSDP_VERSION", "1") == "1":
         # a sharding strategy may also stand where version 2 has a yes or no
         name = name if environment.get(name, "").upper() in _SHARDING else "FSDP_SHARDING_STRATEGY"
@@ -113,11 +111,19 @@ def _fsdp(environment: Mapping[str, str]) -> dict[str, Said]:
         if _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
             size = _number(environment, "PARALLELISM_CONFIG_DP_SHARD_SIZE")
             copies = _number(environment, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE")
-            shard_size = size if copies > 1 else None
+            sizes = {
+                option: _number(environment, f"PARALLELISM_CONFIG_{part}_SIZE") for option, part in _SHARED.items()
+            }
+            shard_size = size * sizes["context_parallel"] if copies > 1 else None
     found = {
         "strategy": Said("fsdp", "accelerate launch (ACCELERATE_USE_FSDP)"),
         "reshard_after_forward": Said(reshard, f"accelerate launch ({name})"),
     }
+    for option, size in sizes.items():
+        if size > 1:
+            found[option] = Said(size, f"accelerate launch (PARALLELISM_CONFIG_{_SHARED[option]}_SIZE)")
+    if _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
+        found["activation_checkpointing"] = Said("full", "accelerate launch (FSDP_ACTIVATION_CHECKPOINTING)")
     if shard_size is not None:
         found["shard_size"] = Said(shard_size, "accelerate launch (its hybrid sharding)")
     if _is_on(environment, "FSDP_OFFLOAD_PARAMS"):

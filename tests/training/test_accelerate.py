@@ -44,6 +44,12 @@ def resolved(monkeypatch):
         (FSDP | {"ACCELERATE_MIXED_PRECISION": "bf16"}, {"strategy": "fsdp", "mixed_precision": "bf16"}),
         (MESH | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, {"shard_size": 4}),
         (MESH | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "1"}, {"shard_size": None}),
+        (MESH | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, {"tensor_parallel": 2, "context_parallel": 1}),
+        (
+            MESH | {"PARALLELISM_CONFIG_CP_SIZE": "2", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"},
+            {"context_parallel": 2, "shard_size": 8},
+        ),
+        (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"activation_checkpointing": "full"}),
         (FIRST, {"strategy": "fsdp", "reshard_after_forward": True, "shard_size": None}),
         (FIRST | {"FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}, {"reshard_after_forward": False, "shard_size": None}),
         (FIRST | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, {"reshard_after_forward": True, "shard_size": 2}),
@@ -68,8 +74,7 @@ def test_what_the_launcher_says_are_options(environment, expected, resolved):
     [
         (FIRST | {"FSDP_SHARDING_STRATEGY": "NO_SHARD"}, "FSDP_SHARDING_STRATEGY=NO_SHARD"),
         (FSDP | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP_AUTO_WRAP_POLICY=SIZE_BASED_WRAP"),
-        (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "FSDP_ACTIVATION_CHECKPOINTING=true"),
-        (MESH | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, "PARALLELISM_CONFIG_TP_SIZE=2"),
+        (MESH | {"PARALLELISM_CONFIG_SP_SIZE": "2"}, "PARALLELISM_CONFIG_SP_SIZE=2"),
         (
             ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
             "zero_optimization.offload_optimizer is not here",
