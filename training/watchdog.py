@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,7 @@ EXIT_HANGS = 1
 _LONGEST_INTERVAL = 5.0  # seconds between looks
 _PATIENCE = 1.0  # seconds that ranks have, at least, to say where they stand
 _SHOWN_RANKS = 16
+_LEFT = -1  # in place of the number of looks: this rank is through
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class _Watch:
             alarm = self._tell(place)
             if self.still >= self.limit or alarm:
                 self._end(first=not alarm)
+        if self.store is not None:  # else who is still at work would take its silence for a stop
+            with contextlib.suppress(RuntimeError):
+                self.store.set(
+                    f"place/{self.rank}", json.dumps(asdict(replace(self._look()[1], looks=_LEFT, waits=True)))
+                )
 
     def _look(self) -> tuple[object, Place]:
         """(what changes whenever the main thread moves on, where it stands). No frame outlives the call, as it would keep the
@@ -165,8 +171,9 @@ class _Watch:
             by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             keeper = "torchrun on the first machine" if by_torchrun else "rank 0"
             return f"{keeper}, which keeps the ranks' store, does not answer; {advice}"
-        stopped = [r for r in range(self.world_size) if r not in places or r not in before or places[r] == before[r]]
-        return f"{_who(places, [rank for rank in stopped if rank != self.rank])}; {advice}"
+        silent = [r for r in range(self.world_size) if r not in places or r not in before or places[r] == before[r]]
+        stopped = [r for r in silent if r != self.rank and (r not in places or places[r].looks != _LEFT)]
+        return f"{_who(places, stopped)}; {advice}"
 
     def _places(self) -> dict[int, Place]:
         """Of each rank that has ever said where it stands. RuntimeError where the store does not answer."""
