@@ -187,7 +187,11 @@ class LoraLinear(nn.Module):
         return self._adapters(self.stored)
 
     def _adapters(self, names: Iterable[str]) -> list[Adapter]:
-        return [Adapter(own(self.lora_A[name]), own(self.lora_B[name]), self.scales[name]) for name in names]
+        a, b = self.lora_A, self.lora_B
+        return [Adapter(self._own(a[name]), self._own(b[name]), self.scales[name]) for name in names]
+
+    def _own(self, parameter: Tensor) -> Tensor:
+        return parameter if self.group is None else own(parameter)
 
     def take_path(self, path: str) -> None:
         """Compute in this way from now on. For "augmented" the weight moves into a buffer that holds B too."""
@@ -227,7 +231,7 @@ class LoraLinear(nn.Module):
         y = self._without_bias(x)
         if self.group is not None and self.sums:
             y = self.group.leaving(y)
-        return y if self.bias is None else y + own(self.bias).to(y.dtype)
+        return y if self.bias is None else y + self._own(self.bias).to(y.dtype)
 
     def _without_bias(self, x: Tensor) -> Tensor:
         dropouts = {self.dropouts[name] for name in self.active} if self.training else set()
@@ -242,7 +246,7 @@ class LoraLinear(nn.Module):
             return nf4_linear(x, self.nf4_weight(), self.adapters(), implementation=self.implementation)
         path = "torch" if self.path == "augmented" and self.active != self.stored else self.path
         return lora_linear(
-            x, own(self.weight), self.adapters(), dropout=dropout, keys=self._keys(), path=path, augmented=self.augmented
+            x, self._own(self.weight), self.adapters(), dropout=dropout, keys=self._keys(), path=path, augmented=self.augmented
         )  # fmt: skip
 
     def _keys(self) -> tuple[Tensor, int] | None:
@@ -273,7 +277,7 @@ class LoraLinear(nn.Module):
     def _frozen_product(self, x: Tensor) -> Tensor:
         if self.quantised:
             return nf4_linear(x, self.nf4_weight(), implementation=self.implementation)
-        return linear(x, own(self.weight))
+        return linear(x, self._own(self.weight))
 
     def _stretch(self, name: str) -> Tensor:
         """m / |row of W + scale · B A| (out,) fp32. The length is a constant to the gradient (section 4.3 of DoRA)."""
