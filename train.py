@@ -205,12 +205,14 @@ def build_run(given: dict[str, Any], ranks: Ranks, from_file: Collection[str] | 
 
 def batches_of(run: "Run") -> Iterator[list[MicroBatch]]:
     """For each step from run.samples on this rank's micro-batches; once their size has changed, the new stage's."""
+    ahead = can_be_ahead(run.stage)
     while True:
         stage = run.stage
         steps = batches_from(stage, run.samples, run.config.batch_size, run.skipped)
-        for micro_batches in made_ahead(steps, run.ranks.device) if can_be_ahead(stage) else steps:
+        for micro_batches in made_ahead(steps, run.ranks.device) if ahead else steps:
             yield micro_batches
             if run.stage is not stage:
+                ahead = False  # memory has run out, and a thread takes some
                 break
 
 

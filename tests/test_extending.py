@@ -21,6 +21,7 @@ from tests.forked import Forked
 from tests.stages.example_stages import a_feed, a_model, some_examples
 from training.config import TrainConfig, add_options, resolve_config
 from training.hooks import load_hooks
+from training.saving import Saves
 
 PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
 FILES = dict(re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
@@ -83,7 +84,7 @@ def test_the_first_file_stops_where_the_page_says(page):
     hooks = load_hooks(TrainConfig(hooks=[str(page / "watch.py")]), {})
     run = SimpleNamespace(
         config=TrainConfig(), model=a_model(), ranks=Ranks(0, 1, torch.device("cpu")), step=3, tokens=30, learning_rate=0.1,
-        checkpoint=None,
+        saves=Saves(),
     )  # fmt: skip
     for bits, stop in ((2.6, False), (2.4, True)):
         row = hooks.call("on_evaluate", run, {"val_loss": 2.0, "val_bpb": bits})

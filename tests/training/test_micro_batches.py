@@ -22,7 +22,8 @@ from tests.ranks import run_ranks
 from tests.tiers import grid
 from train import build_run, loop
 from training.config import TrainConfig, add_options, resolve_config
-from training.micro_batches import failures_recorded, fitted, free_bytes
+from training.failures import failures_recorded
+from training.micro_batches import fitted, free_bytes
 from training.option import AUTO, Size
 from training.parallel import StopRequest
 from training.plan import plan_run
