@@ -22,6 +22,7 @@ _STORAGE_ERRORS = {
 # CUDA's; torch's allocator on a CPU, which has two words for it; C++'s; oneDNN's
 _OUT_OF_MEMORY = (
     "out of memory", "not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a memory object",
+    "could not create a primitive",
 )  # fmt: skip
 
 
