@@ -122,7 +122,7 @@ PAIRS += [
 
 @pytest.mark.parametrize(
     ("writer", "reader"),
-    grid(PAIRS, [("fsdp", "one rank"), ("ddp", "fsdp"), ("fsdp", "context"), ("tensors of fsdp", "ddp")]),
+    grid(PAIRS, [("ddp", "fsdp"), ("tensors of fsdp", "ddp")]),
 )
 def test_a_checkpoint_of_any_way_goes_on_in_any_other(writer, reader, whole, tmp_path):
     words, reference = whole
@@ -226,7 +226,7 @@ def test_what_ranks_cannot_share_is_refused(flags, wanted, tiny_data, tmp_path):
     assert refused(0, 2, words, tmp_path).startswith(wanted)
 
 
-@pytest.mark.parametrize("optimizer", grid(["adamw", "lion", "sgd"], ["lion"]))
+@pytest.mark.parametrize("optimizer", grid(["adamw", "lion", "sgd"], []))
 def test_other_optimizers_learn_the_same_in_parts(optimizer, tiny_data, tmp_path):
     words = f"--data_dir {tiny_data} {SIZES} --optimizer {optimizer} --max_steps 4 --save_interval 2"
     run_ranks(trained, 1, words, tmp_path / "one")

@@ -39,6 +39,7 @@ def test_a_profile_is_a_trace_and_a_table_a_rank_and_costs_no_bits(words, tmp_pa
     assert not (tmp_path / "plain/profile").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_is_too_short_says_so_and_one_that_goes_on_is_not_profiled_again(words, tmp_path):
     ended = Forked(tmp_path / "streams", [*words, "--save_dir", tmp_path / "run", "--profile", 10]).wait()
     assert ended.code != 0 and "this run has 12 left" in ended.err and "Traceback" not in ended.err

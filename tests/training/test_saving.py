@@ -89,7 +89,7 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("cell", grid(CELLS, quick=["ema", "fsdp"]))
+@pytest.mark.parametrize("cell", grid(CELLS, quick=["ema"]))
 def test_what_a_thread_writes_is_byte_for_byte_what_the_loop_would_have_written(cell, words, tmp_path):
     world_size, flags = CELLS[cell]
     for name, more in (("sync", ""), ("async", "--async_checkpoint")):
