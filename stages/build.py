@@ -104,9 +104,13 @@ class StageData:
     task: TaskData | None = None  # of stages that classify, tag or answer
 
 
+# their batches follow from the data alone; GRPO and PPO draw answers, and KTO asks the model for a KL
+_OF_DATA_ALONE = (Pretrain, MLM, SFT, RewardStage, DPO, Classify, Tag, Answer)
+
+
 def can_be_ahead(stage: Stage) -> bool:
-    """Whether its batches follow from the data alone, not from the model or from other ranks: a thread may make them."""
-    return not isinstance(stage, GRPO | PPO) and not isinstance(getattr(stage, "data", None), SentencePairs)
+    """Whether a thread may make its batches: whether they need neither the model nor, as sentence pairs do, other ranks."""
+    return type(stage) in _OF_DATA_ALONE and not isinstance(getattr(stage, "data", None), SentencePairs)
 
 
 def open_stage_data(

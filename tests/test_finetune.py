@@ -116,7 +116,7 @@ def kill_between_checkpoints(given: list, save_dir: Path, streams: Path) -> None
     pytest.fail("the run was over before it could be killed, five times")
 
 
-@pytest.mark.parametrize("stage", grid(STAGES, quick=["sft_qlora", "dpo", "grpo", "ppo_lora"]))
+@pytest.mark.parametrize("stage", grid(STAGES, quick=["sft_qlora", "kto", "grpo", "ppo_lora"]))
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(stage, words, whole, tmp_path):
     """Weights, adapters, critic and optimizer state after SIGKILL. Checkpoints are due every five steps; PPO's and GRPO's are
     written where a round of rollouts, of two steps, ends. A thread writes those of the run that is killed."""

@@ -137,7 +137,7 @@ def test_killed_at_random_moments_and_the_same_bits_at_the_end(kills, way, words
         step = load_state(found.path)["step"]
         assert newest < step < steps and found.skipped == []
         newest = step
-    assert partial > kills // 10  # or hardly a kill fell into a save
+    assert kills < 50 or partial > kills // 10  # else hardly a kill fell into a save; of ten none may
     assert run(f"{flags} {saving}", tmp_path / "killed") == ""
     assert run(f"{flags} --save_interval {steps}", tmp_path / "whole") == ""
     assert tensor_bytes(tmp_path / "killed", steps) == tensor_bytes(tmp_path / "whole", steps)
