@@ -29,7 +29,7 @@ test-all: test
 # runs that Accelerate starts or DeepSpeed shares out, which the other tests do without
 test-distributed: $(VENV)/.installed-dev requirements-distributed.txt
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r requirements-distributed.txt $(AND_SAY_WHY)
-	$(VENV)/bin/python -m pytest tests/distributed
+	$(VENV)/bin/python -m pytest -m "not gpu" tests/distributed
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

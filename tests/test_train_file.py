@@ -103,6 +103,7 @@ def test_the_run_is_that_of_data_prep_tool_and_data_dir_bit_for_bit(texts, train
     assert load_metadata(folder).splits["train"].documents == 2
 
 
+@pytest.mark.exhaustive
 def test_a_second_start_finds_what_the_first_prepared_and_other_text_is_prepared_beside_it(texts, train, tmp_path):
     copies = tmp_path / "copies"
     shutil.copytree(texts, copies)

@@ -12,7 +12,10 @@ import pytest
 
 from training.run_files import read_history
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"),
+    pytest.mark.exhaustive,
+]
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc_per_node=2",

@@ -32,6 +32,7 @@ from stages.mlm import MLM
 from tests.family_models import peer, peer_config, transformers
 from tests.forked import Ended, Forked
 from tests.ranks import run_ranks
+from tests.tiers import grid
 from training.loading import load_for_use
 from training.precision import choose_precision
 
@@ -220,7 +221,7 @@ def test_the_evaluation_is_that_of_every_document_alone(encoder_data):
     assert figures == pytest.approx({"val_loss": loss / count, "val_masked_accuracy": right / count}, rel=1e-5)
 
 
-@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("pairs", grid([False, True], quick=[True]))
 def test_an_evaluation_is_the_same_each_time_and_on_any_number_of_ranks(pairs, encoder_data):
     def evaluate(rank, world_size):
         stage = a_stage(encoder_data, Ranks(rank, world_size, CPU), pairs, micro=3)

@@ -155,7 +155,7 @@ def limited(rank: int, world_size: int, words: str, save_dir: Path, room: int) -
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="it takes Linux to know the address space of a process"
 )
-@pytest.mark.parametrize("auto", grid(["", "--micro_batch_size auto"], [""]))
+@pytest.mark.parametrize("auto", grid(["", "--micro_batch_size auto"], []))
 def test_so_it_is_where_the_allocator_says_so(auto, tiny_data, tmp_path):
     """768 rows keep some 170 MB of activations, and 216 MB hold them, their gradients and two threads in parts alone."""
     words = (
