@@ -238,6 +238,7 @@ def test_a_plan_that_was_begun_is_not_begun_again_unasked(whole, run):
     assert ended.code == 2 and "--checkpoint latest" in ended.err and digests(whole / "run") == before
 
 
+@pytest.mark.exhaustive
 def test_a_stage_that_goes_on_makes_what_was_built_on_it_an_error(write_plan, run, tmp_path):
     plan = write_plan(tmp_path / "plan", PRETRAIN, SFT.replace("40", "2"), DPO.replace("5", "1"))
     out = tmp_path / "plan/run"

@@ -316,6 +316,7 @@ def test_compiled_training_follows_eager_training(train, tmp_path, encoder_data,
 
 
 @pytest.mark.skipif(why_not_triton(torch.device("cpu")) is not None, reason="triton is not installed")
+@pytest.mark.exhaustive
 def test_training_on_triton_kernels_follows_training_on_plain_pytorch(train, tmp_path):
     """Losses to 1e-5 (fp32 sums in another order), and what ran on what is printed and saved. Under the interpreter the
     loss would take minutes: it is overridden, as a user would."""

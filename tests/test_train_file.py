@@ -144,6 +144,7 @@ def test_changed_text_is_refused_when_a_run_goes_on_and_before_it_is_prepared(te
     refused(ended, "--tokenizer: other content")
 
 
+@pytest.mark.exhaustive
 def test_killed_while_it_prepares_and_started_again(train, tmp_path):
     (tmp_path / "long.txt").write_text(text_of(7, 2_000_000), encoding="utf-8")
     flags = ["--train_file", tmp_path / "long.txt", *SMALL, "--max_steps", 1]

@@ -460,6 +460,7 @@ def test_a_base_may_be_in_shards_and_its_faults_are_named(tmp_path):
     fails("asks for")
 
 
+@pytest.mark.exhaustive
 def test_loading_a_base_in_4_bits_never_needs_its_full_weights(tmp_path):
     """The peak of a process's resident memory above what the same process had before, mapped pages of files included.
 

@@ -200,7 +200,7 @@ def on_evaluate(state):
 """
 
 
-@pytest.mark.parametrize("world_size", grid([1, 2], quick=[1]))
+@pytest.mark.parametrize("world_size", grid([1, 2], quick=[]))
 def test_the_best_by_any_figure_is_kept_and_known_again_when_the_run_goes_on(world_size, words, tmp_path):
     (tmp_path / "scores.py").write_text(SCORES)
     save_dir = tmp_path / "run"
