@@ -6,7 +6,6 @@ One model with AdamW, saved in turn by the loop and by a thread, both to --folde
 meant. The medians are compared; the first save of the thread stands apart, as it asks for the memory that the others have.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -16,8 +15,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments import ArgumentParser
 from checkpointing.background import HostRoom
 from checkpointing.save import Checkpoint, collect
+from errors import run_script
 from model import Transformer
 from model_config import ModelConfig
 from training.optimizers import build_optimizers
@@ -26,7 +27,7 @@ STEPS = 3  # whose time is compared
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="bench/async_checkpoint.py", description=__doc__)
     parser.add_argument("--hidden_size", type=int, default=640)
     parser.add_argument("--num_layers", type=int, default=10)
     parser.add_argument("--vocab_size", type=int, default=16384)
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
